@@ -1,0 +1,17 @@
+"""UltraFuser: several specialised language models, fused token by token by a small trained gate."""
+
+__version__ = "0.1.0"
+
+from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse, open_fused, save_fused
+from ultrafuser.modeling.configuration import UltraFuserConfig
+from ultrafuser.modeling.model import UltraFuserForCausalLM
+
+__all__ = [
+    "FusedModel",
+    "SpecialistSource",
+    "UltraFuserConfig",
+    "UltraFuserForCausalLM",
+    "fuse",
+    "open_fused",
+    "save_fused",
+]

@@ -1,0 +1,34 @@
+"""Writing files whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; move it into place when the block ends without an error.
+
+    Works for a file and for a folder (write either at the yielded path). A folder that already exists at `path`
+    is replaced. On any error the temporary is removed and `path` stays as it was.
+
+    Args:
+        path: where the finished file or folder has to be. Missing parents are created.
+
+    Yields:
+        A path in the same folder, so that the final rename stays on one file system.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = scratch / target.name
+    try:
+        yield temporary
+        if temporary.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

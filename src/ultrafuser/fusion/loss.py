@@ -1,0 +1,153 @@
+"""Cross-entropy of the fused distribution that never holds (tokens x vocabulary).
+
+The loss of a chunk of tokens needs the chunk's logits only, and its gradient is known in closed form:
+d loss / d logits = softmax(logits) - onehot(label). So each chunk's gradients are formed while its logits are at hand
+and the logits are dropped: memory is (chunk x V), for any number of tokens and specialists.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultrafuser.errors import ShapeError
+from ultrafuser.fusion.mix import Head, fused_logits, scale_hidden_states
+
+IGNORE_INDEX = -100
+"""Label of positions that carry no loss, as everywhere in Hugging Face."""
+
+CHUNK_TOKENS = 128
+"""Tokens whose logits exist at one time. Measured in benchmarks/loss.py: larger is no faster, smaller is slower."""
+
+
+def fused_cross_entropy(
+    hidden_states: Sequence[Tensor],
+    gate_weights: Tensor,
+    heads: Sequence[Head],
+    labels: Tensor,
+    num_items: int | Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Mean cross-entropy of the fused distribution on the labelled tokens.
+
+    Args:
+        hidden_states: N tensors, float, (..., H_j).
+        gate_weights: float32, (..., N).
+        heads: N heads, or one head that all specialists share.
+        labels: int64, (...), in [0, V) or -100 where there is no loss; aligned with the states that predict them.
+        num_items: what the summed loss is divided by; the number of labelled tokens when None. A trainer that
+            accumulates gradients passes the count of the whole batch.
+        chunk_tokens: tokens whose logits are formed at one time; memory grows with it, the result does not change.
+
+    Returns:
+        Scalar, float32, in nats. It can be differentiated once; gradients reach hidden_states, gate_weights and the
+        heads' weights and biases.
+
+    Raises:
+        ShapeError: labels do not have the leading shape of the states.
+
+    Reference: paper, algorithm 1 and appendix B.
+    """
+    if labels.shape != gate_weights.shape[:-1]:
+        raise ShapeError(
+            f"labels {tuple(labels.shape)} must have the leading shape of gate_weights {tuple(gate_weights.shape)}."
+        )
+    keep = labels != IGNORE_INDEX
+    labels_R = labels[keep]
+    weights_RN = gate_weights[keep]
+    states = [state[keep] for state in hidden_states]
+    inputs, head_weights = scale_hidden_states(states, weights_RN, heads)
+    total = _ChunkedCrossEntropy.apply(labels_R, chunk_tokens, len(inputs), *inputs, *head_weights)
+    count = labels_R.numel() if num_items is None else num_items
+    if num_items is None and count == 0:
+        return total  # no labelled token: a zero that still belongs to the graph
+    return total / count
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of logits = sum_m inputs[m] @ weights[m].T; forward already forms the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, labels: Tensor, chunk_tokens: int, num_factors: int, *factors: Tensor) -> Tensor:
+        inputs, weights = factors[:num_factors], factors[num_factors:]
+        wanted = ctx.needs_input_grad[3:]
+        input_grads = [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=False)]
+        weight_grads = [
+            torch.zeros_like(w, dtype=torch.float32) if want else None
+            for w, want in zip(weights, wanted[num_factors:], strict=True)
+        ]
+        total = torch.zeros((), dtype=torch.float32, device=labels.device)
+        for start in range(0, labels.numel(), chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, labels.numel()))
+            logits = _chunk_logits([x[rows] for x in inputs], weights)
+            total += _into_gradient(logits, labels[rows])
+            residual = logits.to(inputs[0].dtype)
+            for x, w, x_grad, w_grad in zip(inputs, weights, input_grads, weight_grads, strict=True):
+                if x_grad is not None:
+                    torch.mm(residual, w, out=x_grad[rows])
+                if w_grad is not None:
+                    w_grad += residual.t() @ x[rows]
+        grads = [*input_grads, *weight_grads]
+        ctx.present = [grad is not None for grad in grads]
+        ctx.dtypes = [tensor.dtype for tensor in factors]
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            (next(saved) * grad_output).to(dtype) if present else None
+            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+        ]
+        return None, None, None, *grads
+
+
+def _chunk_logits(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    logits = torch.mm(inputs[0], weights[0].t())
+    for x, w in zip(inputs[1:], weights[1:], strict=True):
+        logits = torch.addmm(logits, x, w.t())
+    return logits.float()
+
+
+def _into_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """Turn float32 logits (C, V) in place into d(summed loss)/d(logits); return the summed loss."""
+    rows = torch.arange(labels.numel(), device=labels.device)
+    log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss = (log_normaliser.squeeze(-1) - logits[rows, labels]).sum()
+    logits.sub_(log_normaliser).exp_()
+    logits[rows, labels] -= 1.0
+    return loss
+
+
+@torch.no_grad()
+def token_losses(
+    hidden_states: Sequence[Tensor],
+    gate_weights: Tensor,
+    heads: Sequence[Head],
+    labels: Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Negative log-probability of every label under the fused distribution, without gradients.
+
+    A one-hot `gate_weights` gives one specialist's own losses, 1/N everywhere the uniform average's.
+
+    Args:
+        hidden_states: N tensors, float, (R, H_j).
+        gate_weights: float32, (R, N).
+        heads: N heads, or one shared head.
+        labels: int64, (R,), in [0, V).
+        chunk_tokens: tokens whose logits are formed at one time.
+
+    Returns:
+        float32, (R,), nats.
+    """
+    losses = []
+    for start in range(0, labels.numel(), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = fused_logits([state[rows] for state in hidden_states], gate_weights[rows], heads).float()
+        chosen = logits.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+        losses.append(logits.logsumexp(-1) - chosen)
+    return torch.cat(losses) if losses else labels.new_zeros(0, dtype=torch.float32)

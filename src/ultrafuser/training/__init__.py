@@ -1,0 +1,1 @@
+"""Training: recipes, balanced batches and the two stages."""
