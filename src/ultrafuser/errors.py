@@ -4,8 +4,8 @@
 class UltrafuserError(ValueError):
     """A setting, file or tensor is not what it has to be.
 
-    The message names the setting or tensor, what was expected, what came, and what to do about it. The command
-    line prints it on one line and exits with code 2; the server maps it to an error of the OpenAI form.
+    The message names the setting or tensor, what was expected, what came, and what to do about it. The
+    command line prints it on one line and exits with code 2; the server maps it to an OpenAI error.
     """
 
 
@@ -22,7 +22,11 @@ class DataError(UltrafuserError):
 
 
 class TemplateError(UltrafuserError):
-    """A chat template cannot be aligned with the response tokens, or a conversation does not fit a context."""
+    """A chat template cannot be aligned with the response tokens, or a conversation cannot be read."""
+
+
+class ConversationTooLongError(TemplateError):
+    """A conversation does not fit the context of a specialist."""
 
 
 class CheckpointError(UltrafuserError):

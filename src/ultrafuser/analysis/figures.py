@@ -1,7 +1,7 @@
 """Figures of a measurement: mean gate weights, weights of single samples, and text tinted by its specialists.
 
-Everything is drawn on plain `Figure` objects, so no display and no global plotting state is needed. The format follows
-the suffix of the path (png, pdf, svg).
+Everything is drawn on plain `Figure` objects, so no display and no global plotting state is needed. The
+format follows the suffix of the path (png, pdf, svg).
 """
 
 import os
@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.cells import cell_len
@@ -25,12 +25,14 @@ from ultrafuser.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _WEIGHT_COLOURS = "Blues"
 _MAX_SAMPLES = 100
 _DPI = 150
 
-# The token view stands on a grid of character cells, in units of DejaVu Sans Mono (which comes with matplotlib).
+# The token view stands on a grid of character cells, sized for DejaVu Sans Mono (which comes with
+# matplotlib).
 _FONT_SIZE = 9.0
 _CELL_WIDTH = 0.602 * _FONT_SIZE
 _LINE_HEIGHT = 1.6 * _FONT_SIZE
@@ -39,17 +41,15 @@ _WIDE_FONTS = ("Noto Sans Mono CJK SC", "Noto Sans CJK SC", "Noto Sans CJK JP", 
 
 
 def plot_mean_weights(measurement: Measurement, path: str | os.PathLike[str]) -> None:
-    """Draw the matrix of mean gate weights, annotated: a row for each data domain, a column for each specialist.
+    """Draw the annotated matrix of mean gate weights: rows are data domains, columns are specialists.
 
     Args:
         measurement: what was measured.
         path: file to write; the suffix gives the format.
     """
-    from matplotlib.figure import Figure
-
     names, domains = measurement.specialists, measurement.domains
     matrix = np.array([[measurement.weights[domain][name] for name in names] for domain in domains])
-    figure = Figure(figsize=(2.4 + 0.9 * len(names), 1.5 + 0.7 * len(domains)), layout="constrained")
+    figure = _constrained_figure(2.4 + 0.9 * len(names), 1.5 + 0.7 * len(domains))
     axes = figure.add_subplot()
     image = axes.imshow(matrix, cmap=_WEIGHT_COLOURS, vmin=0.0, vmax=_top_weight(matrix), aspect="auto")
     for (row, column), weight in np.ndenumerate(matrix):
@@ -66,20 +66,18 @@ def plot_mean_weights(measurement: Measurement, path: str | os.PathLike[str]) ->
 def plot_sample_weights(measurement: Measurement, path: str | os.PathLike[str]) -> None:
     """Draw a heat map of the mean gate weights of single samples, one panel a domain.
 
-    Rows are specialists. Columns are the first 100 samples at most, sorted by the weight of the specialist that
-    dominates the domain, highest first.
+    Rows are specialists. Columns are the first 100 samples at most, sorted by the weight of the specialist
+    that dominates the domain, highest first.
 
     Args:
         measurement: what was measured.
         path: file to write; the suffix gives the format.
     """
-    from matplotlib.figure import Figure
-
     names, domains = measurement.specialists, measurement.domains
     samples = {domain: measurement.sample_weights[domain][:_MAX_SAMPLES] for domain in domains}
     top = max(_top_weight(weights) for weights in samples.values())
-    figure = Figure(figsize=(8.0, 0.6 + len(domains) * (0.85 + 0.26 * len(names))), layout="constrained")
-    panels = figure.subplots(len(domains), 1, squeeze=False)[:, 0]
+    figure = _constrained_figure(8.0, 0.6 + len(domains) * (0.85 + 0.26 * len(names)))
+    panels = figure.subplots(len(domains), 1, squeeze=False)[:, 0].tolist()
     for axes, (domain, weights) in zip(panels, samples.items(), strict=True):
         dominant = int(weights.mean(axis=0).argmax())
         ordered = weights[np.argsort(-weights[:, dominant], kind="stable")]
@@ -103,11 +101,11 @@ def plot_token_view(
     max_traces: int = 6,
     max_lines: int = 30,
 ) -> None:
-    """Draw responses as text, each token on its mix of the specialists' colours, underlined by its strongest one.
+    """Draw responses as text, each token on its mix of the colours and underlined in that of the strongest.
 
     Args:
-        traces: responses to draw. Of more than `max_traces` the first of each domain are taken, then the second, and
-            so on. The title of each is its domain and the first line of its prompt.
+        traces: responses to draw. Of more than `max_traces` the first of each domain are taken, then the
+            second, and so on. The title of each is its domain and the first line of its prompt.
         specialists: N names, in the order of the gate weights.
         path: file to write; the suffix gives the format.
         width: characters a line; longer lines wrap.
@@ -140,7 +138,7 @@ def plot_token_view(
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """A run of text of one token on one line: `column` and `line` are grid cells."""
 
     line: int
@@ -162,13 +160,13 @@ class _Box:
 
 
 class _Sheet:
-    """Text and boxes collected on a grid of character cells, from the top down; drawn when the height is known."""
+    """Text and boxes on a grid of character cells, collected from the top down and drawn at the end."""
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.line = 0
         self._boxes: list[_Box] = []
-        self._words: list[tuple[int, float, str, dict[str, str]]] = []
+        self._words: list[tuple[int, float, str, dict[str, Any]]] = []
 
     def legend(self, specialists: Sequence[str], colours: Sequence[str]) -> None:
         column = 0
@@ -196,10 +194,12 @@ class _Sheet:
         self.line = top + shown[-1].line + 1
         left_out = len(trace.tokens) - 1 - shown[-1].token
         if left_out:
-            self._words.append((self.line, 0, f"… {left_out} more tokens", {"color": "#71717a"}))
+            self._words.append(
+                (self.line, 0, f"… {left_out} more token{'s' if left_out > 1 else ''}", {"color": "#71717a"})
+            )
             self.line += 1
 
-    def _token(self, piece: _Piece, top: int, weights: np.ndarray, colours: Sequence[str]) -> None:
+    def _token(self, piece: Piece, top: int, weights: np.ndarray, colours: Sequence[str]) -> None:
         line, cells = top + piece.line, cell_len(piece.text)
         mix, opacity = tint(colours, weights.tolist())
         # A hair of white between tokens shows where one ends.
@@ -233,17 +233,17 @@ class _Sheet:
             )
 
 
-def lay_out(tokens: Sequence[str], width: int) -> list[_Piece]:
-    """Place the texts of tokens on lines of at most `width` character cells, breaking between words where possible.
+def lay_out(tokens: Sequence[str], width: int) -> list[Piece]:
+    """Place the texts of tokens on lines of `width` character cells, breaking between words where possible.
 
-    A newline shows as a return sign at the end of its line, and an empty text as an empty-set sign, so that every
-    token has a place. Wide characters take two cells. Spaces that would stand beyond the end of a line are dropped.
+    A newline shows as a return sign at the end of its line, and an empty text as an empty-set sign, so that
+    every token has a place. Wide characters take two cells. Spaces beyond the end of a line are dropped.
     """
     characters = [(character, index) for index, token in enumerate(tokens) for character in _visible(token)]
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     line = column = position = 0
     for run in re.findall(r"\n|[^\S\n]+|\S+", "".join(character for character, _ in characters)):
-        if not run.isspace() and 0 < column and column + cell_len(run) > width:
+        if not run.isspace() and column > 0 and column + cell_len(run) > width:
             line, column = line + 1, 0
         for character, index in characters[position : position + len(run)]:
             if character == "\n":
@@ -256,16 +256,16 @@ def lay_out(tokens: Sequence[str], width: int) -> list[_Piece]:
                 line, column = line + 1, 0
             last = pieces[-1] if pieces else None
             if last is not None and (last.line, last.token) == (line, index):
-                pieces[-1] = _Piece(line, last.column, last.text + character, index)
+                pieces[-1] = Piece(line, last.column, last.text + character, index)
             else:
-                pieces.append(_Piece(line, column, character, index))
+                pieces.append(Piece(line, column, character, index))
             column += cells
         position += len(run)
     return pieces
 
 
 def _visible(token: str) -> str:
-    """The token as it is drawn: tabs as spaces, newlines and nothing as signs, other control characters as U+FFFD."""
+    """The token as drawn: tabs as spaces, newlines and nothing as signs, other control codes as U+FFFD."""
     if token == "":
         return "∅"
     drawn = token.replace("\r\n", "\n").expandtabs(4).replace("\n", "↵\n")
@@ -298,6 +298,14 @@ def _shortened(text: str, width: int) -> str:
     return shortened.plain
 
 
+def _constrained_figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches whose parts make room for each other."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+
+
 def _top_weight(weights: np.ndarray) -> float:
     """Top of a colour scale that starts at 0: the largest weight, so that small differences stay visible."""
     return float(weights.max())
@@ -316,9 +324,11 @@ def _name_ticks(axes: "Axes", *, columns: Sequence[str], rows: Sequence[str]) ->
         spine.set_visible(False)
 
 
-def _weight_scale(figure: "Figure", image: object, panels: Sequence["Axes"], num_specialists: int) -> None:
+def _weight_scale(
+    figure: "Figure", image: "AxesImage", panels: Sequence["Axes"], num_specialists: int
+) -> None:
     """Add the colour scale, with a mark where a gate that does not choose would be."""
-    bar = figure.colorbar(image, ax=list(panels), label="gate weight", pad=0.02, fraction=0.05, aspect=30)
+    bar = figure.colorbar(image, ax=panels, label="gate weight", pad=0.02, fraction=0.05, aspect=30)
     bar.outline.set_visible(False)
     bar.ax.axhline(1 / num_specialists, color="#d55e00", linewidth=1.5)
     bar.ax.set_title("— 1/N", fontsize=8, color="#d55e00")
@@ -326,8 +336,6 @@ def _weight_scale(figure: "Figure", image: object, panels: Sequence["Axes"], num
 
 def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as temporary, warnings.catch_warnings():
-        # A script without a font on this machine is drawn as boxes; one warning a character would help nobody.
+        # A script without an installed font is drawn as boxes; one warning a character would help nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        if (engine := figure.get_layout_engine()) is not None:
-            engine.set(w_pad=0.1, h_pad=0.1)
         figure.savefig(temporary, dpi=_DPI)

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from ultrafuser.errors import UltrafuserError
 
-# Okabe and Ito's colour-blind-safe set without black. The order is ours: the first three differ in lightness as well
-# as in hue, and mixed in equal parts they give a neutral grey, so an undecided gate looks undecided.
+# Okabe and Ito's colour-blind-safe set without black. The order is ours: the first three, mixed in equal
+# parts, give a neutral grey, so that an undecided gate looks undecided.
 _OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 
 
@@ -17,7 +17,7 @@ def specialist_colours(num: int) -> list[str]:
         num: number of specialists N, at least 1.
 
     Returns:
-        N distinct colours as `#rrggbb`: the Okabe-Ito set up to 7, evenly spaced hues of two lightnesses beyond.
+        N distinct colours as `#rrggbb`: the Okabe-Ito set up to 7; beyond, evenly spaced hues.
 
     Raises:
         UltrafuserError: if `num` is below 1.
@@ -28,7 +28,7 @@ def specialist_colours(num: int) -> list[str]:
         )
     if num <= len(_OKABE_ITO):
         return list(_OKABE_ITO[:num])
-    # Neighbouring hues alternate in lightness, which keeps them apart for every kind of colour vision.
+    # Neighbouring hues alternate in lightness, which keeps them apart where hue alone would not.
     wheel = (colorsys.hls_to_rgb(index / num, (0.42, 0.68)[index % 2], 0.75) for index in range(num))
     return ["#" + "".join(f"{round(255 * channel):02x}" for channel in rgb) for rgb in wheel]
 
@@ -36,8 +36,8 @@ def specialist_colours(num: int) -> list[str]:
 def mix_colours(colours: Sequence[str], weights: Iterable[float]) -> str:
     """Mix colours as light mixes: a weighted mean of linear intensities, not of encoded values.
 
-    Averaging the encoded values of blue and orange gives a green that belongs to another specialist; averaging light
-    gives a grey.
+    Averaging the encoded values of blue and orange gives a green that belongs to another specialist;
+    averaging light gives a grey.
 
     Args:
         colours: N colours as `#rrggbb`.
@@ -47,14 +47,14 @@ def mix_colours(colours: Sequence[str], weights: Iterable[float]) -> str:
         The mixture as `#rrggbb`.
 
     Raises:
-        UltrafuserError: if the lengths differ, or the weights are not non-negative with a positive, finite sum.
+        UltrafuserError: if the lengths differ, a weight is negative, or the sum is not positive and finite.
     """
     shares = [float(weight) for weight in weights]
     total = sum(shares)
     if len(shares) != len(colours) or not 0 < total < float("inf") or min(shares) < 0:
         raise UltrafuserError(
-            f"Mixing {len(colours)} colours needs as many non-negative weights with a positive sum, got {shares}. "
-            "Pass one gate weight for each specialist."
+            f"Mixing {len(colours)} colours needs as many non-negative weights with a positive sum, "
+            f"got {shares}. Pass one gate weight for each specialist."
         )
     channels = []
     for start in (1, 3, 5):

@@ -1,7 +1,7 @@
 """The token view: one HTML file in which every token of every response shows who weighed in on it.
 
-The page (`token_view.html`) is static and asks nothing from the network; what was measured travels in it as JSON. Texts
-of models and users reach the document through `textContent` alone, so nothing in them can run.
+The page (`token_view.html`) is static and asks nothing from the network; what was measured travels in it as
+JSON. Texts of models and users reach the document through `textContent` alone, so nothing in them can run.
 """
 
 import json
@@ -20,9 +20,10 @@ _DIGITS = 4  # finer than anything the page shows; keeps a page of a hundred res
 def write_token_view(measurement: Measurement, path: str | os.PathLike[str]) -> None:
     """Write the token view of a measurement as one self-contained HTML file.
 
-    The page shows each trace: domain, prompt, and the response with every token on its mix of the specialists'
-    colours; pointing at a token, tapping it or moving to it with the arrow keys shows its gate weights and its loss
-    under every row. Responses are built when they come into view, so hundreds of them open at once.
+    The page shows each trace: domain, prompt, and the response with every token on its mix of the
+    specialists' colours; pointing at a token, tapping it or moving to it with the arrow keys shows its gate
+    weights and its loss under every row. Responses are built when they come into view, so that a page of
+    hundreds opens at once.
 
     Args:
         measurement: what was measured; all its traces are shown.

@@ -1,4 +1,4 @@
-"""What `inspect` measures, token by token and summed up: the hand-over from measuring to tables, figures and JSON."""
+"""What `inspect` measures, token by token and summed up: from the measuring to tables, figures and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class TokenTrace:
     Attributes:
         domain: name of the data domain the sample came from.
         prompt: what the response answers, as people read it (no template).
-        tokens: R texts that join to the response; they may hold newlines, leading spaces and, for a part of a UTF-8
-            character, U+FFFD.
+        tokens: R texts, one for each response token; they may hold newlines, leading spaces and, for a part
+            of a UTF-8 character, U+FFFD.
         gate_weights: float32, (R, N); the weights with which each token was predicted, summing to 1 over N.
         losses: row name (see `loss_rows`) -> float32, (R,); negative log-likelihood of each token in nats.
 
@@ -63,7 +63,7 @@ class TokenTrace:
             )
         if self.gate_weights.ndim != 2 or len(self.gate_weights) != num_tokens:
             raise ShapeError(
-                f"gate_weights must be ({num_tokens}, N), a row for each token, got {self.gate_weights.shape}."
+                f"gate_weights must be ({num_tokens}, N), one row a token, got {self.gate_weights.shape}."
             )
         for row, losses in self.losses.items():
             if losses.shape != (num_tokens,):
@@ -80,8 +80,8 @@ class TokenTrace:
         if not np.allclose(sums, 1.0, atol=1e-2):  # also refuses NaN; bfloat16 weights are off by less
             worst = int(np.nanargmax(np.where(np.isfinite(sums), np.abs(sums - 1), np.inf)))
             raise UltrafuserError(
-                f"gate_weights must sum to 1 over the specialists, got {sums[worst]:.4g} at token {worst} of a "
-                f"'{self.domain}' sample. Pass weights (after the softmax), not scores."
+                f"gate_weights must sum to 1 over the specialists, got {sums[worst]:.4g} at token {worst} "
+                f"of a '{self.domain}' sample. Pass weights (after the softmax), not scores."
             )
 
 
@@ -94,7 +94,7 @@ class Measurement:
         domains: names of the data domains, in the order of the tables.
         losses: row -> domain -> nats per response token.
         weights: domain -> specialist -> gate weight, mean over response tokens.
-        sample_weights: domain -> float64, (S, N); mean over the response tokens of each of the domain's S samples.
+        sample_weights: domain -> float64, (S, N); mean over the tokens of each of the domain's S responses.
         traces: single responses to look into; may be fewer than were measured
             (`dataclasses.replace(measurement, traces=...)` keeps the sums and drops the rest).
         num_tokens: domain -> number of response tokens measured.
@@ -114,8 +114,8 @@ class Measurement:
 
         Args:
             specialists: N names, in the order of the gate weights.
-            traces: at least one, each with N weights a token and a loss for every row. Domains keep the order in
-                which they first appear.
+            traces: at least one, each with N weights a token and a loss for every row. Domains keep the order
+                in which they first appear.
 
         Raises:
             UltrafuserError: if there are no traces, or names clash or are missing.
@@ -156,7 +156,7 @@ class Measurement:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for `--json`: `loss/<row>/<domain>` in nats per response token, `weight/<domain>/<specialist>`."""
+        """Numbers for `--json`: `loss/<row>/<domain>` (nats a token) and `weight/<domain>/<specialist>`."""
         losses = {
             f"loss/{row}/{domain}": v for row, cells in self.losses.items() for domain, v in cells.items()
         }
@@ -169,7 +169,7 @@ class Measurement:
 
 
 def loss_table(measurement: Measurement) -> Table:
-    """Losses as a terminal table: a row for each specialist, `uniform` and `fused`; a column for each domain, and the mean.
+    """Losses as a terminal table: rows as in `loss_rows`, a column for each domain, and their mean.
 
     The mean weighs every domain the same. What reads as the lowest number of a column is bold green.
     """
@@ -195,9 +195,10 @@ def loss_table(measurement: Measurement) -> Table:
 
 
 def weight_table(measurement: Measurement) -> Table:
-    """Mean gate weights as a terminal table: a row for each data domain, a column for each specialist; largest in bold.
+    """Mean gate weights as a terminal table: a row for each data domain, a column for each specialist.
 
-    The last column counts the response tokens that the means, here and in `loss_table`, were taken over.
+    The largest weight of a row is bold. The last column counts the response tokens that the means, here and
+    in `loss_table`, were taken over.
     """
     table = _plain_table("Mean gate weight")
     table.add_column("data", no_wrap=True)

@@ -41,11 +41,11 @@ def fused_cross_entropy(
         chunk_tokens: tokens whose logits are formed at one time; memory grows with it, the result does not change.
 
     Returns:
-        Scalar, float32, in nats. It can be differentiated once; gradients reach hidden_states, gate_weights and the
-        heads' weights and biases.
+        Scalar, float32, in nats; zero where no token is labelled. It can be differentiated once; gradients reach
+        hidden_states, gate_weights and the heads' weights and biases.
 
     Raises:
-        ShapeError: labels do not have the leading shape of the states.
+        ShapeError: labels do not have the leading shape of the states, or are no tokens.
 
     Reference: paper, algorithm 1 and appendix B.
     """
@@ -55,14 +55,35 @@ def fused_cross_entropy(
         )
     keep = labels != IGNORE_INDEX
     labels_R = labels[keep]
-    weights_RN = gate_weights[keep]
+    _check_labels(labels_R, heads[0].weight.shape[0])
     states = [state[keep] for state in hidden_states]
-    inputs, head_weights = scale_hidden_states(states, weights_RN, heads)
-    total = _ChunkedCrossEntropy.apply(labels_R, chunk_tokens, len(inputs), *inputs, *head_weights)
-    count = labels_R.numel() if num_items is None else num_items
-    if num_items is None and count == 0:
-        return total  # no labelled token: a zero that still belongs to the graph
-    return total / count
+    inputs, head_weights = scale_hidden_states(states, gate_weights[keep], heads)
+    total = _summed_cross_entropy(labels_R, chunk_tokens, inputs, head_weights)
+    return total / (max(labels_R.numel(), 1) if num_items is None else num_items)
+
+
+def _check_labels(labels_R: Tensor, vocab_size: int) -> None:
+    if labels_R.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(labels_R))
+    if low < 0 or high >= vocab_size:  # a negative one would otherwise count from the end
+        raise ShapeError(
+            f"labels must lie in [0, {vocab_size}) or be {IGNORE_INDEX}, got values from {low} to {high}. "
+            "Encode them with the specialists' tokenizer."
+        )
+
+
+def _summed_cross_entropy(
+    labels_R: Tensor, chunk_tokens: int, inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    factors = [*inputs, *weights]
+    device = labels_R.device.type
+    if not torch.is_grad_enabled():
+        factors = [factor.detach() for factor in factors]  # no gradients are formed when none can be asked for
+    if torch.is_autocast_enabled(device):
+        factors = [factor.to(torch.get_autocast_dtype(device)) for factor in factors]
+    with torch.autocast(device, enabled=False):
+        return _ChunkedCrossEntropy.apply(labels_R, chunk_tokens, len(inputs), *factors)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

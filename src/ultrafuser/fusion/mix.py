@@ -64,8 +64,9 @@ def scale_hidden_states(
         heads: N heads, or one head that all specialists share.
 
     Returns:
-        inputs: M tensors, (..., D_m) in the dtype of hidden_states: the scaled states, one per specialist, or summed
+        inputs: M tensors, (..., D_m) in the dtype of the heads: the scaled states, one per specialist, or summed
             into one when the head is shared. Biases, where a head has one, are a further factor of N (or 1) columns.
+            Scaled in float32, also under autocast.
         weights: M tensors, (V, D_m): the head weights, not copied; then the biases.
 
     Raises:
@@ -74,11 +75,12 @@ def scale_hidden_states(
     num_specialists = len(hidden_states)
     if len(heads) not in (1, num_specialists):
         raise ShapeError(f"heads: expected 1 or {num_specialists} (one per specialist), got {len(heads)}.")
-    dtype = hidden_states[0].dtype
+    dtype = heads[0].weight.dtype
     factors = gate_weights.float()
     if len(heads) == 1:
-        states = torch.stack(list(hidden_states), dim=-1)
-        mixed = (states.float() @ (factors * heads[0].scale).unsqueeze(-1)).squeeze(-1)
+        with torch.autocast(factors.device.type, enabled=False):
+            states = torch.stack(list(hidden_states), dim=-1).float()
+            mixed = (states @ (factors * heads[0].scale).unsqueeze(-1)).squeeze(-1)
         inputs = [mixed.to(dtype)]
         columns = torch.full_like(factors[..., :1], heads[0].scale)
     else:
@@ -104,7 +106,7 @@ def fused_logits(hidden_states: Sequence[Tensor], gate_weights: Tensor, heads: S
         heads: N heads, or one head that all specialists share (then the cost is one head's).
 
     Returns:
-        (..., V) in the dtype of hidden_states.
+        (..., V) in the dtype of the heads, or autocast's.
 
     Reference: paper, equation 1.
     """

@@ -6,6 +6,7 @@ the specialists come from, as an adapter names its base.
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +15,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
@@ -26,8 +35,14 @@ from ultrafuser.modeling import sources
 from ultrafuser.modeling.configuration import BankKind, SpecialistConfig, UltraFuserConfig
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM
-from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank, WholeSpecialists, build_bank
-from ultrafuser.modeling.templates import resolve_template, vocabulary_difference
+from ultrafuser.modeling.specialists import (
+    AdapterSpecialists,
+    SpecialistBank,
+    WholeSpecialists,
+    build_bank,
+    check_exact,
+)
+from ultrafuser.modeling.templates import ConversationEncoder, resolve_template, vocabulary_difference
 
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 _IGNORED_OPTIONS = {"trust_remote_code", "_from_auto", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs"}
@@ -85,13 +100,16 @@ def fuse(
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        UltrafuserError: no specialist, no tokenizer, or no agreed end token.
+        UltrafuserError: no specialist, no tokenizer, no agreed end token, or an architecture that cannot be fused.
+        TemplateError: a template is unknown, or cannot be aligned.
         CheckpointError: vocabularies that differ (the tokens are named), adapters that do not fit.
     """
     if not specialists:
         raise UltrafuserError("specialists: at least one is needed, got none.")
+    specialists = {name: _located(source) for name, source in specialists.items()}
     kind = _bank_kind(specialists, bank)
-    tokenizer = _shared_tokenizer(specialists)
+    tokenizers = _tokenizers(specialists)
+    tokenizer = _shared_tokenizer(tokenizers)
     members = [
         SpecialistConfig(
             name=name,
@@ -109,10 +127,11 @@ def fuse(
         bank=kind,
         gate_form=gate_form,
         gate_size=gate_size,
-        end_token_id=_end_token_id(specialists, tokenizer, end_token),
+        end_token_id=_end_token_id(tokenizers, end_token),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
+    _check_templates(config, tokenizer)
     model = UltraFuserForCausalLM(config, open_bank(config, dtype))
     _record(model)
     if model.bank.vocab_size < len(tokenizer):
@@ -132,6 +151,7 @@ def open_bank(config: UltraFuserConfig, dtype: torch.dtype | None = None) -> Spe
 
     Raises:
         CheckpointError: a specialist has no source, or cannot be opened.
+        UltrafuserError: an architecture whose logits cannot be fused exactly.
     """
     members = config.members
     for member in members:
@@ -143,10 +163,12 @@ def open_bank(config: UltraFuserConfig, dtype: torch.dtype | None = None) -> Spe
     adapters = {m.name: _open_adapter(m) for m in members}
     if config.bank == "adapters":
         base = sources.load_model(str(members[0].model), members[0].model_revision, dtype)
+        check_exact("base", base)
         return AdapterSpecialists(base, adapters)
     models = {}
     for member in members:
         model = sources.load_model(str(member.model), member.model_revision, dtype)
+        check_exact(member.name, model)
         adapter = adapters[member.name]
         models[member.name] = model if adapter.config is None else merge_adapter(model, adapter)
     return WholeSpecialists(models)
@@ -176,10 +198,19 @@ def model_from_tensors(
         architecture: its configuration.
         tensors: every tensor under the architecture's names; second names of tied ones may be missing.
         dtype: of the weights.
+
+    Raises:
+        CheckpointError: tensors of the architecture are not given, or others are.
     """
     with no_init_weights():
         plain = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-    plain.load_state_dict(tensors, strict=False)
+    missing, unexpected = plain.load_state_dict(tensors, strict=False)
+    wrong = sorted((set(missing) - set(plain.all_tied_weights_keys)) | set(unexpected))
+    if wrong:
+        raise CheckpointError(
+            f"the weights do not belong to the architecture {architecture.model_type}: {len(wrong)} tensors are "
+            f"missing or unexpected (first: {wrong[0]})."
+        )
     plain.tie_weights()
     return plain.eval()
 
@@ -192,9 +223,11 @@ def save_model(
     **unsupported: Any,
 ) -> None:
     """Write a checkpoint; see `UltraFuserForCausalLM.save_pretrained`."""
-    unknown = set(unsupported) - {"is_main_process", "state_dict", "save_function", "safe_serialization", "variant"}
+    unknown = set(unsupported) - {"is_main_process", "state_dict", "save_function", "safe_serialization"}
     if unknown or unsupported.get("safe_serialization") is False:
         raise UltrafuserError(f"save_pretrained: {sorted(unknown) or ['safe_serialization=False']} is not supported.")
+    if unsupported.get("is_main_process") is False:
+        return
     if gate_only and any(member.model is None for member in model.config.members):
         raise UltrafuserError(
             "save_pretrained(gate_only=True): the specialists have no source that a gate could name (they were built "
@@ -211,17 +244,18 @@ def save_model(
         save_torch_state_dict(tensors, scratch, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
         _config_of(model, gate_only).save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
-        written = sorted(scratch.iterdir(), key=lambda path: path.name == "config.json")
-        stale = [path for path in folder.glob("model*.safetensors*") if path.name not in {w.name for w in written}]
-        for path in written:  # config.json comes last: a folder without it is no checkpoint yet
-            os.replace(path, folder / path.name)
-        for path in stale:
+        # A folder without config.json is no checkpoint: it goes first and comes last, so that old and new weights
+        # are never read together.
+        (folder / "config.json").unlink(missing_ok=True)
+        for path in folder.glob("model*.safetensors*"):
             path.unlink()
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
 
 
 def load_model(
     cls: type[Any], name_or_path: str | os.PathLike[str], *args: Any, dtype: Any = None, device_map: Any = None,
-    config: UltraFuserConfig | None = None, **options: Any
+    attn_implementation: str | None = None, config: UltraFuserConfig | None = None, **options: Any
 ) -> Any:  # fmt: skip
     """Open a checkpoint; see `UltraFuserForCausalLM.from_pretrained`."""
     dtype = options.pop("torch_dtype", dtype)
@@ -235,14 +269,23 @@ def load_model(
     tensors = _read_tensors(folder)
     wanted = _as_dtype(dtype, config)
     if config.gate_only:
-        _shared_tokenizer({m.name: _source_of(m) for m in config.members})
+        tokenizer = _shared_tokenizer(_tokenizers({m.name: _source_of(m) for m in config.members}))
         bank = open_bank(config, wanted)
     else:
+        tokenizer = sources.load_tokenizer(str(folder))
         with no_init_weights():
             bank = build_bank(config, wanted)
         bank.load_tensors({k: t for k, t in tensors.items() if not k.startswith("gate.")})
+    if tokenizer is not None:
+        _check_templates(config, tokenizer)
     model = cls(config, bank)
     _load_gate(model, {k.removeprefix("gate."): t for k, t in tensors.items() if k.startswith("gate.")})
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if attn_implementation is not None:
+        for module in model.bank.modules():
+            if isinstance(module, PreTrainedModel):
+                module.set_attn_implementation(attn_implementation)
     if device_map is not None:
         model.to(_as_device(device_map))
     return model.eval()
@@ -320,7 +363,8 @@ def export_adapter(
     }
     known = LoraConfig.__dataclass_fields__
     member = next(m for m in model.config.members if m.name == name)
-    config = LoraConfig(**{k: v for k, v in settings.items() if k in known and k not in ("peft_type", "auto_mapping")})
+    skipped = ("peft_type", "auto_mapping", "init_lora_weights")  # how it began no longer matters
+    config = LoraConfig(**{k: v for k, v in settings.items() if k in known and k not in skipped})
     config.base_model_name_or_path = settings.get("base_model_name_or_path") or member.model
     config.inference_mode = True
     with atomic_write(folder) as scratch:
@@ -341,46 +385,53 @@ def _bank_kind(specialists: Mapping[str, SpecialistSource], bank: BankKind | Lit
     return "adapters" if len(bases) == 1 and with_adapter else "whole"
 
 
-def _shared_tokenizer(specialists: Mapping[str, SpecialistSource]) -> PreTrainedTokenizerBase:
-    found: dict[tuple[str, str | None], PreTrainedTokenizerBase | None] = {}
-    first: tuple[str, PreTrainedTokenizerBase] | None = None
-    for name, source in specialists.items():
-        key = (source.model, source.model_revision)
-        if key not in found:
-            found[key] = sources.load_tokenizer(*key)
-        tokenizer = found[key]
-        if tokenizer is None:
-            continue
-        if first is None:
-            first = (name, tokenizer)
-        elif tokenizer is not first[1]:
-            difference = vocabulary_difference(first[1], tokenizer)
-            if difference is not None:
-                raise CheckpointError(
-                    f"specialists {first[0]} and {name} have different vocabularies: {difference} "
-                    "Logits can only be fused over one vocabulary; use specialists of one family."
-                )
-    if first is None:
+def _located(source: SpecialistSource) -> SpecialistSource:
+    """Folders as absolute paths, so that a gate-only checkpoint finds them from anywhere."""
+    places = {
+        key: str(Path(place).expanduser().resolve())
+        for key, place in (("model", source.model), ("adapter", source.adapter))
+        if place is not None and Path(place).expanduser().is_dir()
+    }
+    return replace(source, **places)
+
+
+def _tokenizers(specialists: Mapping[str, SpecialistSource]) -> dict[str, PreTrainedTokenizerBase]:
+    """Name -> tokenizer of the specialists that have one; each is opened once."""
+    keys = {name: (source.model, source.model_revision) for name, source in specialists.items()}
+    opened = {key: sources.load_tokenizer(*key) for key in set(keys.values())}
+    return {name: tokenizer for name, key in keys.items() if (tokenizer := opened[key]) is not None}
+
+
+def _shared_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    if not tokenizers:
         raise UltrafuserError("none of the specialists' folders holds a tokenizer. Save one beside a model.")
-    return first[1]
+    first, shared = next(iter(tokenizers.items()))
+    for name, tokenizer in tokenizers.items():
+        difference = None if tokenizer is shared else vocabulary_difference(shared, tokenizer)
+        if difference is not None:
+            raise CheckpointError(
+                f"specialists {first} and {name} have different vocabularies: {difference} "
+                "Logits can only be fused over one vocabulary; use specialists of one family."
+            )
+    return shared
 
 
-def _end_token_id(
-    specialists: Mapping[str, SpecialistSource], tokenizer: PreTrainedTokenizerBase, end_token: str | None
-) -> int:
-    if end_token is not None:
-        token_id = tokenizer.get_vocab().get(end_token)
-        if token_id is None:
-            raise UltrafuserError(f"end_token {end_token!r} is not in the vocabulary. Name a token that is.")
-        return token_id
-    ends = {}
-    for name, source in specialists.items():
-        own = sources.load_tokenizer(source.model, source.model_revision)
-        if own is not None:
-            ends[name] = own.eos_token
+def _end_token_id(tokenizers: Mapping[str, PreTrainedTokenizerBase], end_token: str | None) -> int:
+    vocabulary = next(iter(tokenizers.values())).get_vocab()
+    ends = {name: tokenizer.eos_token for name, tokenizer in tokenizers.items()} if end_token is None else {}
     if None in ends.values() or len(set(ends.values())) > 1:
         raise UltrafuserError(f"the specialists do not agree on an end token: {ends}. Set end_token.")
-    return int(tokenizer.eos_token_id)
+    token = next(iter(ends.values())) if end_token is None else end_token
+    if token not in vocabulary:
+        raise UltrafuserError(f"end_token {token!r} is not in the vocabulary. Name a token that is.")
+    return vocabulary[token]
+
+
+def _check_templates(config: UltraFuserConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse templates that cannot be aligned, by building the encoder that would read them."""
+    templates = {member.name: member.template for member in config.members if member.template is not None}
+    if templates and config.end_token_id is not None:
+        ConversationEncoder(tokenizer, templates, end_token_id=config.end_token_id, max_length=sys.maxsize)
 
 
 def _open_adapter(member: SpecialistConfig) -> Adapter:
@@ -402,9 +453,11 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def _record(model: UltraFuserForCausalLM) -> None:
-    """Put what the bank found out (adapter settings, dtype) into the configuration."""
-    if isinstance(model.bank, AdapterSpecialists):
-        for specialist in model.config.specialists:
+    """Put what the bank found out (architectures, adapter settings, dtype) into the configuration."""
+    for specialist, architecture in zip(model.config.specialists, model.bank.architectures(), strict=True):
+        if specialist["model_config"] is None:
+            specialist["model_config"] = architecture.to_dict()
+        if isinstance(model.bank, AdapterSpecialists):
             specialist["adapter_config"] = model.bank.adapter_configs[specialist["name"]]
     model.config.dtype = _bank_dtype(model.bank)
 
@@ -415,10 +468,8 @@ def _bank_dtype(bank: SpecialistBank) -> torch.dtype:
 
 def _config_of(model: UltraFuserForCausalLM, gate_only: bool) -> UltraFuserConfig:
     """The configuration as this checkpoint needs it."""
-    settings = model.config.to_dict()
-    settings["gate_only"] = gate_only
-    settings["architectures"] = [type(model).__name__]
-    settings["dtype"] = str(_bank_dtype(model.bank)).removeprefix("torch.")
+    _record(model)
+    settings = model.config.to_dict() | {"gate_only": gate_only, "architectures": [type(model).__name__]}
     return UltraFuserConfig.from_dict(settings)
 
 
@@ -441,7 +492,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: expected model.safetensors, got {found}. Save with save_pretrained.")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        tensors.update(load_file(shard))
+        try:
+            tensors.update(load_file(shard))
+        except SafetensorError as error:
+            raise CheckpointError(f"{shard} is damaged ({error}). Copy or download it again.") from error
     return tensors
 
 
@@ -464,7 +518,10 @@ def _load_gate(model: UltraFuserForCausalLM, tensors: Mapping[str, Tensor]) -> N
 def _as_dtype(dtype: Any, config: UltraFuserConfig) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         dtype = config.dtype
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(chosen, torch.dtype):
+        raise UltrafuserError(f'dtype must be a torch dtype, its name, or "auto", got {dtype!r}.')
+    return chosen
 
 
 def _as_device(device_map: Any) -> torch.device:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -96,10 +96,13 @@ class UltraFuserConfig(PretrainedConfig):
     ) -> None:
         if bank not in BANK_KINDS:
             raise UltrafuserError(f"bank must be one of {', '.join(BANK_KINDS)}, got {bank!r}.")
-        kwargs.setdefault("tie_word_embeddings", False)
+        # Hugging Face reads these attributes of every configuration but gives them no default.
+        for setting in ("pad_token_id", "bos_token_id"):
+            kwargs.setdefault(setting, None)
         kwargs.setdefault("eos_token_id", end_token_id)
+        kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
-        members = [s if isinstance(s, SpecialistConfig) else SpecialistConfig(**s) for s in specialists]
+        members = [s if isinstance(s, SpecialistConfig) else _member(s) for s in specialists]
         names = [member.name for member in members]
         if len(set(names)) != len(names):
             raise UltrafuserError(f"specialists: each name may stand once, got {names}. Rename one.")
@@ -124,3 +127,13 @@ class UltraFuserConfig(PretrainedConfig):
     def num_specialists(self) -> int:
         """N."""
         return len(self.specialists)
+
+
+def _member(settings: Mapping[str, Any]) -> SpecialistConfig:
+    known = {field.name for field in fields(SpecialistConfig)}
+    if "name" not in settings or not settings.keys() <= known:
+        raise UltrafuserError(
+            f"specialists: each needs a name and may have {', '.join(sorted(known - {'name'}))}, "
+            f"got {', '.join(settings)}."
+        )
+    return SpecialistConfig(**settings)

@@ -24,6 +24,15 @@ PEFT_PREFIX = "base_model.model."
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling layers that the supported architectures feed with one and the same tensor."""
 
+_NOT_PLAIN = (
+    "use_dora", "use_qalora", "use_bdlora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "target_parameters", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
+    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+"""PEFT settings under which an adapter is more, or other, than W + scaling * B A."""
+_NEUTRAL = (None, False, [], {}, "none")
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -117,14 +126,18 @@ def check_lora_config(config: Mapping[str, Any], source: str) -> None:
     """
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"adapter {source}: peft_type must be LORA, got {config.get('peft_type')!r}.")
-    neutral = (None, False, [], {}, "none")
-    for setting in ("use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
-                    "trainable_token_indices", "target_parameters", "fan_in_fan_out", "use_bdlora"):  # fmt: skip
-        if config.get(setting) not in neutral:
-            raise CheckpointError(
-                f"adapter {source}: {setting}={config[setting]!r} is not supported in an adapter bank. Merge the "
-                "adapter into its base (peft's merge_and_unload) and use it as a whole specialist."
-            )
+    refused = {setting: config[setting] for setting in _NOT_PLAIN if config.get(setting) not in _NEUTRAL}
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:  # the others change the base's weights too
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    if refused:
+        setting, value = next(iter(refused.items()))
+        raise CheckpointError(
+            f"adapter {source}: {setting}={value!r} is not supported, only plain low-rank updates are. Merge the "
+            "adapter into its base (peft's merge_and_unload) and use it as a whole specialist."
+        )
+    for setting in ("r", "lora_alpha", "target_modules"):
+        if config.get(setting) is None:
+            raise CheckpointError(f"adapter {source}: {setting} is missing from its configuration. Save it with peft.")
 
 
 class FoldedLinear(nn.Module):
@@ -167,11 +180,11 @@ class FoldedLinear(nn.Module):
             (N * B, T, sum of out_features).
         """
         base = F.linear(x, self.weight, self.bias)
-        rows = x.reshape(self.num_specialists, -1, x.shape[-1])
+        rows = x.reshape(self.num_specialists, -1, x.shape[-1]).to(base.dtype)  # autocast: base is not in x's dtype
         if torch.is_grad_enabled():
             update = self._trained_update(rows)
             return base + update.view_as(base)
-        down, up = self._assemble(x.dtype)
+        down, up = self._assemble(base.dtype)
         base.view(self.num_specialists, -1, base.shape[-1]).baddbmm_(torch.bmm(rows, down), up)
         return base
 
@@ -279,6 +292,26 @@ def fold_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> list[FoldedL
     return folded
 
 
+def unfold(model: nn.Module, layers: Sequence[FoldedLinear]) -> None:
+    """Undo `fold_adapters` for a single adapter, in place: plain linear layers with the adapter merged in.
+
+    Args:
+        model: whose layers `fold_adapters` replaced.
+        layers: what it returned; each with N = 1.
+    """
+    for layer in layers:
+        assert layer.num_specialists == 1
+        biases = [None] * len(layer.paths) if layer.bias is None else layer.bias.split(layer.out_sizes)
+        for (name, weight), bias in zip(layer.merged_weight(0), biases, strict=True):
+            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+            plain = nn.Linear(1, 1, bias=bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight.detach().clone())
+            plain.out_features, plain.in_features = weight.shape
+            if bias is not None:
+                plain.bias = nn.Parameter(bias.detach().clone())
+            setattr(model.get_submodule(parent), leaf, plain)
+
+
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in model.named_modules():
@@ -300,17 +333,20 @@ def _checked_targets(adapters: Sequence[Adapter], linears: Mapping[str, nn.Linea
         for name, tensor in adapter.weights.items():
             path, _, kind = name.removesuffix(".weight").rpartition(".")
             linear = linears.get(path)
-            if linear is None or kind not in ("lora_A", "lora_B"):
+            # Rows of an expert's layer are sorted by expert, no longer by specialist.
+            if linear is None or kind not in ("lora_A", "lora_B") or ".experts." in path:
                 raise CheckpointError(
                     f"adapter tensor {name} fits no linear layer of the base. Expected lora_A / lora_B of a layer such "
-                    f"as {next(iter(linears), '(none)')}; use the base model that the adapter was trained on."
+                    f"as {next(iter(linears), '(none)')}, not of embeddings, heads or routed experts. Use the base "
+                    "that the adapter was trained on, or merge the adapter into it (peft's merge_and_unload)."
                 )
-            size = tensor.shape[1] if kind == "lora_A" else tensor.shape[0]
-            expected = linear.in_features if kind == "lora_A" else linear.out_features
-            if size != expected:
+            assert adapter.config is not None
+            rank = adapter.config["r"]
+            expected = (rank, linear.in_features) if kind == "lora_A" else (linear.out_features, rank)
+            if tuple(tensor.shape) != expected:
                 raise CheckpointError(
-                    f"adapter tensor {name} has shape {tuple(tensor.shape)}, but the base layer has size {expected} "
-                    "there. Use the base model that the adapter was trained on."
+                    f"adapter tensor {name} has shape {tuple(tensor.shape)}, expected {expected} for the base's layer "
+                    f"and rank {rank}. Use the base model that the adapter was trained on."
                 )
             targets.add(path)
     return targets

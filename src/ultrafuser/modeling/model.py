@@ -4,22 +4,24 @@ The path of a token: bank -> hidden states -> gate -> gate weights -> one scaled
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
-from ultrafuser.errors import ShapeError, UltrafuserError
+from ultrafuser.errors import ShapeError, TemplateError, UltrafuserError
 from ultrafuser.fusion import Gate, fused_cross_entropy, fused_logits
 from ultrafuser.fusion.loss import IGNORE_INDEX
 from ultrafuser.modeling.cache import FusedCache
 from ultrafuser.modeling.configuration import UltraFuserConfig
 from ultrafuser.modeling.specialists import SpecialistBank, build_bank
+from ultrafuser.modeling.templates import ConversationEncoder
 
 
 @dataclass
@@ -117,7 +119,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             specialist_input_ids: int64, (B, N, T).
             specialist_attention_mask: int64, (B, N, T).
             response_positions: int64, (B, N, R): where each specialist predicts response token r. Without it the
-                output is for the last position of each specialist (left-padded prompts).
+                output is for all T positions, as they stand side by side; left-padded prompts agree on the last.
             specialist_hidden_states: N tensors, float, (B, R, H_j): run nothing but gate and heads.
             use_cache: make a cache and return it.
             logits_to_keep: as in Hugging Face: last positions to give logits for (0: all), or their indices.
@@ -165,6 +167,29 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         states = self._run_bank(specialist_input_ids, specialist_attention_mask, None, None)
         return states if response_positions is None else _gather(states, response_positions)
 
+    def conversation_encoder(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    ) -> ConversationEncoder:
+        """The encoder that reads conversations for this model, each specialist in its own template.
+
+        Args:
+            tokenizer: the specialists' tokenizer.
+            max_length: tokens a specialist reads at most, where its own context is not shorter.
+
+        Raises:
+            TemplateError: a specialist has no template, or one that cannot be aligned.
+        """
+        templates, limits = {}, {}
+        for member, context in zip(self.config.members, self.bank.context_lengths, strict=True):
+            if member.template is None:
+                raise TemplateError(f"specialist {member.name} has no chat template. Set one when fusing.")
+            templates[member.name] = member.template
+            known = [limit for limit in (context, max_length) if limit is not None]
+            limits[member.name] = min(known, default=sys.maxsize)
+        return ConversationEncoder(
+            tokenizer, templates, end_token_id=self.config.end_token_id, max_length=limits
+        )
+
     def _fuse(
         self,
         states: list[Tensor],
@@ -199,12 +224,15 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         tracker = FusedCache([], self.num_specialists) if cache is None else cache
         new_mask = torch.ones_like(ids_BNT) if mask_BNT is None else mask_BNT
         full_mask, counted = tracker.extend(new_mask)
-        return self.bank(
-            ids_BNT,
-            full_mask,
-            counted if positions_BNT is None else positions_BNT,
-            None if cache is None else cache.parts,
-        )
+        # Frozen specialists run without autograd: nothing is kept of their passes (stage 1).
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.bank.parameters())
+        with torch.set_grad_enabled(trains):
+            return self.bank(
+                ids_BNT,
+                full_mask,
+                counted if positions_BNT is None else positions_BNT,
+                None if cache is None else cache.parts,
+            )
 
     def _cache_for(self, past: FusedCache | None, use_cache: bool | None) -> FusedCache | None:
         if past is not None and not isinstance(past, FusedCache):
@@ -241,7 +269,12 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             As `GenerationMixin.generate`.
         """
         if kwargs.get("specialist_input_ids") is not None:
-            prompt = kwargs["input_ids"] if inputs is None else inputs
+            prompt = kwargs.get("input_ids") if inputs is None else inputs
+            if prompt is None:
+                raise UltrafuserError(
+                    "generate: specialist_input_ids need input_ids beside them, the first specialist's prompts, which "
+                    "the returned sequences begin with. ConversationEncoder.batch_prompts gives both."
+                )
             kwargs["prompt_length"] = prompt.shape[1]
         return super().generate(inputs, **kwargs)
 
@@ -261,10 +294,12 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                 input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
             )
         common = {"logits_to_keep": 1, "use_cache": past_key_values is not None, "past_key_values": past_key_values}
+        response = input_ids[:, prompt_length:]
         if past_key_values is not None and past_key_values.is_initialized:
             # After the prompt all specialists read the same tokens; the cache knows what each has read before.
-            return {"input_ids": input_ids[:, -1:], **common}
-        new = input_ids[:, prompt_length:].unsqueeze(1).expand(-1, self.num_specialists, -1)
+            read = past_key_values.get_seq_length() - specialist_input_ids.shape[-1]
+            return {"input_ids": response[:, read:], **common}
+        new = response.unsqueeze(1).expand(-1, self.num_specialists, -1)
         if specialist_attention_mask is None:
             specialist_attention_mask = torch.ones_like(specialist_input_ids)
         return {

@@ -82,13 +82,31 @@ def resolve_adapter(source: str, revision: str | None = None) -> Path:
     return folder
 
 
+def resolve_file(source: str) -> Path:
+    """Turn a path or `package://<package>/<path>` into a path.
+
+    Raises:
+        UltrafuserError: the package is not installed or holds no such file.
+    """
+    return _package_path(source) if source.startswith(PACKAGE_SCHEME) else Path(source)
+
+
 def load_architecture(source: str, revision: str | None = None) -> dict[str, Any]:
     """The configuration of a model as a plain dictionary, without what only says where it came from.
 
     Raises:
-        UltrafuserError: the model asks for remote code, which is never run.
+        UltrafuserError: there is no such model, it asks for remote code, which is never run, or it is fused itself.
     """
-    settings = AutoConfig.from_pretrained(resolve_model(source), revision=revision, trust_remote_code=False).to_dict()
+    folder = resolve_model(source)
+    try:
+        settings = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).to_dict()
+    except (OSError, ValueError) as error:
+        raise UltrafuserError(
+            f"model {source!r} has no configuration of an architecture that transformers ships (remote code is never "
+            f"run): {_first_line(error)}"
+        ) from error
+    if settings["model_type"] == "ultrafuser":
+        raise UltrafuserError(f"model {source!r} is a fused model itself. Export its specialists and name those.")
     return {k: v for k, v in settings.items() if k not in ("_name_or_path", "quantization_config", "auto_map")}
 
 
@@ -101,30 +119,46 @@ def load_model(source: str, revision: str | None = None, dtype: torch.dtype | No
         dtype: floating dtype of the weights; None keeps the stored one.
 
     Raises:
-        CheckpointError: there are no safetensors weights.
+        CheckpointError: there are no safetensors weights, or some of the model's tensors are not in them.
     """
+    folder = resolve_model(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            resolve_model(source),
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
             revision=revision,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except OSError as error:
         raise CheckpointError(
-            f"model {source!r} cannot be opened from safetensors: {str(error).splitlines()[0]} "
+            f"model {source!r} cannot be opened from safetensors: {_first_line(error)} "
             "Pickled weights are never loaded; convert them with save_pretrained."
         ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them random
+        raise CheckpointError(
+            f"model {source!r} lacks {len(missing)} of its tensors (first: {missing[0]}). It is incomplete, or no "
+            "causal language model. Download or save it again."
+        )
+    return model
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model, or None where there is none (a bare set of weights)."""
+    """The tokenizer beside a model, or None where there is none (a bare set of weights).
+
+    Raises:
+        UltrafuserError: it cannot be opened.
+    """
     folder = resolve_model(source)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UltrafuserError(f"the tokenizer of {source!r} cannot be opened: {_first_line(error)}") from error
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -140,6 +174,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} must hold a JSON object, got {type(settings).__name__}.")
     return settings
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _package_path(source: str) -> Path:

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
-from ultrafuser.fusion.mix import Head
+from ultrafuser.fusion.mix import Head, fused_logits
 from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
-from ultrafuser.modeling.lora import Adapter, FoldedLinear, fold_adapters, is_target
+from ultrafuser.modeling.lora import Adapter, FoldedLinear, fold_adapters, is_target, unfold
 
 
 class SpecialistBank(nn.Module, ABC):
@@ -83,8 +83,9 @@ class SpecialistBank(nn.Module, ABC):
 
     @property
     def hidden_sizes(self) -> list[int]:
-        """H of every specialist."""
-        return [_text(config).hidden_size for config in self.architectures()]
+        """H of every specialist: what its head reads."""
+        sizes = [head.weight.shape[1] for head in self.heads()]
+        return sizes if len(sizes) == self.num_specialists else sizes * self.num_specialists
 
     @property
     def context_lengths(self) -> list[int | None]:
@@ -109,15 +110,20 @@ class WholeSpecialists(SpecialistBank):
         models: name -> model, in the order of the specialists.
 
     Raises:
-        UltrafuserError: a model's logits are not a linear map of its hidden states (soft-capped logits).
+        UltrafuserError: a model's logits are not a linear map of its hidden states (soft-capped logits), or the
+            models' dtypes differ.
     """
 
     def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
         super().__init__()
         self.names = tuple(models)
         for name, model in models.items():
-            _check_linear_head(name, model.config)
+            _check_linear_head(name, model)
+        dtypes = {name: str(model.get_output_embeddings().weight.dtype) for name, model in models.items()}
+        if len(set(dtypes.values())) > 1:
+            raise UltrafuserError(f"specialists must have one dtype, got {dtypes}. Set dtype to open them all in one.")
         self.models = nn.ModuleList(models.values())
+        self._adopted: list[list[FoldedLinear]] = []
 
     def forward(
         self,
@@ -139,6 +145,34 @@ class WholeSpecialists(SpecialistBank):
                 )
             )
         return states
+
+    def adopt_adapters(self, rank: int, alpha: float, target_modules: str | Sequence[str], seed: int = 0) -> None:
+        """Give every model a fresh LoRA adapter to train instead of its weights; `merge_adopted` ends that.
+
+        Args:
+            rank: of the updates.
+            alpha: scaling is alpha / rank.
+            target_modules: names of linear layers, or "all-linear".
+            seed: of the adapters' random start.
+        """
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": target_modules}
+        self.requires_grad_(False)
+        self._adopted = [
+            fold_adapters(model, [Adapter.initial(model, config, seed + index)])
+            for index, model in enumerate(self.models)
+        ]
+
+    def lora_parameters(self) -> Iterator[nn.Parameter]:
+        """Low-rank parameters of adopted adapters."""
+        for layers in self._adopted:
+            for layer in layers:
+                yield from (*layer.lora_A, *layer.lora_B)
+
+    def merge_adopted(self) -> None:
+        """Merge adopted adapters into their models; nothing where there are none."""
+        for model, layers in zip(self.models, self._adopted, strict=False):
+            unfold(model, layers)
+        self._adopted = []
 
     def new_caches(self) -> list[DynamicCache]:
         """One cache per model."""
@@ -193,7 +227,7 @@ class AdapterSpecialists(SpecialistBank):
 
     def __init__(self, base: PreTrainedModel, adapters: Mapping[str, Adapter]) -> None:
         super().__init__()
-        _check_linear_head("base", base.config)
+        _check_linear_head("base", base)
         self.names = tuple(adapters)
         self.adapter_configs = {name: adapter.explicit_config(base) for name, adapter in adapters.items()}
         self.base = base.requires_grad_(False)
@@ -219,7 +253,7 @@ class AdapterSpecialists(SpecialistBank):
             None if position_ids is None else _fold(position_ids),
             None if caches is None else caches[0],
         )
-        return list(states.view(self.num_specialists, -1, *states.shape[1:]).unbind(0))
+        return list(states.unflatten(0, (self.num_specialists, -1)).unbind(0))
 
     def new_caches(self) -> list[DynamicCache]:
         """One cache with N * B rows."""
@@ -350,13 +384,53 @@ def _head(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, factor)
 
 
-def _check_linear_head(name: str, config: PretrainedConfig) -> None:
-    cap = getattr(_text(config), "final_logit_softcapping", None)
-    if cap is not None:
+def _check_linear_head(name: str, model: PreTrainedModel) -> None:
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise UltrafuserError(
-            f"specialist {name}: its logits are soft-capped (final_logit_softcapping={cap}), so they are no linear map "
-            "of its hidden states and cannot be fused exactly. Use a model without soft-capped logits."
+            f"specialist {name}: {type(model).__name__} has no linear output head, so it cannot be a specialist. "
+            "Use a causal language model."
         )
+    for setting in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        cap = getattr(_text(model.config), setting, None)
+        if cap is not None:
+            raise UltrafuserError(
+                f"specialist {name}: its logits are soft-capped ({setting}={cap}), so they are no linear map of its "
+                "hidden states and cannot be fused exactly. Use a model without soft-capped logits."
+            )
+
+
+@torch.no_grad()
+def check_exact(name: str, model: PreTrainedModel) -> None:
+    """Run a few tokens to see that hidden states, head and cache give the model's own logits.
+
+    Architectures may do more between hidden states and logits than their head says (another factor, one more layer),
+    or keep their past elsewhere than in a KV cache. Found out here, such a model is refused rather than fused wrongly.
+
+    Args:
+        name: of the specialist, for the error.
+        model: a loaded model, in evaluation mode.
+
+    Raises:
+        UltrafuserError: the model cannot run as a specialist, or gives other logits than by itself.
+    """
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    positions, head = torch.arange(4, device=model.device).unsqueeze(0), _head(model)
+    try:
+        own = model(input_ids=ids).logits.float()
+        cache = DynamicCache(config=model.config)
+        once = _run(model, ids, None, positions, None)
+        steps = [_run(model, ids[:, part], None, positions[:, part], cache) for part in (slice(0, 3), slice(3, 4))]
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UltrafuserError(
+            f"specialist {name}: {type(model).__name__} cannot run as a specialist ({error}). Use another architecture."
+        ) from error
+    for states, tolerance, part in ((once, 0.002, "head"), (torch.cat(steps, dim=1), 0.05, "cache")):
+        logits = fused_logits([states], torch.ones_like(ids, dtype=torch.float32).unsqueeze(-1), [head])
+        if not torch.allclose(logits.float(), own, rtol=0, atol=tolerance * float(own.abs().max())):
+            raise UltrafuserError(
+                f"specialist {name}: the {part} of {type(model).__name__} does not work as this package expects (other "
+                "logits than the model's own), so it cannot be fused exactly. Use another architecture."
+            )
 
 
 def _untied_state(model: PreTrainedModel, keep_vars: bool = False) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ultrafuser.errors import TemplateError
+from ultrafuser.errors import ConversationTooLongError, TemplateError
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -228,6 +228,11 @@ class ConversationEncoder:
         for name in self.names:
             self._glue(name, probe)
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer all specialists share."""
+        return self._tokenizer
+
     def encode(
         self, messages: Conversation, *, too_long: Literal["truncate", "error"] = "error"
     ) -> EncodedConversation:
@@ -259,7 +264,7 @@ class ConversationEncoder:
                 continue
             keep = min(keep, sum(position + 2 <= limit for position in positions))
             if too_long == "error" or keep == 0:
-                raise TemplateError(
+                raise ConversationTooLongError(
                     f"Specialist {name!r} reads at most {limit} tokens, but the conversation has {len(ids)} "
                     f"in its template, {positions[0] + 1} of them before the first response. "
                     "Shorten the conversation" + (" or allow it to be truncated." if keep else ".")
@@ -294,7 +299,7 @@ class ConversationEncoder:
         prompts = [self._read(name, messages, responses)[0] for name in self.names]
         for name, ids in zip(self.names, prompts, strict=True):
             if len(ids) + max_new_tokens > self.max_length[name]:
-                raise TemplateError(
+                raise ConversationTooLongError(
                     f"Specialist {name!r} reads at most {self.max_length[name]} tokens, but the prompt has "
                     f"{len(ids)} in its template and max_new_tokens is {max_new_tokens}. Shorten the "
                     "conversation or lower max_new_tokens."

@@ -9,9 +9,10 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -50,22 +51,40 @@ def read_conversations(path: str | Path) -> list[Messages]:
         DataError: If the file cannot be read or is empty, or a row is malformed; the message begins with
             file:line.
     """
-    path = Path(path)
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise DataError(f"{path}: expected a .jsonl or .jsonl.gz file, got {path.name!r}.")
-    opener = gzip.open if path.name.endswith(".gz") else open
-    conversations = []
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    conversations.append(_parse_row(line, f"{path}:{number}"))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number}: {error}.") from error
-    if not conversations:
-        raise DataError(f"{path}: expected at least one conversation, got an empty file.")
-    return conversations
+    return [_checked(_row_messages(row, where), where) for row, where in _rows(Path(path))]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation whose next response is wanted.
+
+    Attributes:
+        messages: An optional system message, then user and assistant in turn; the last is the user's.
+        id: What the row calls itself in its field `id`, if it does.
+        where: Its file:line.
+    """
+
+    messages: Messages
+    id: str | int | None
+    where: str
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Read what is to be answered from a JSON lines file, one a line, blank lines left out.
+
+    A row has one of the forms of `read_conversations`. Its answer may be missing; where there is one (the
+    last message, when it is the assistant's) it is left out.
+
+    Args:
+        path: A .jsonl or .jsonl.gz file in UTF-8.
+
+    Returns:
+        The prompts, in the order of the file.
+
+    Raises:
+        DataError: As `read_conversations`.
+    """
+    return [_prompt(row, where) for row, where in _rows(Path(path))]
 
 
 def load_domain_conversations(files: Mapping[str, Sequence[str | Path]]) -> dict[str, list[Messages]]:
@@ -170,6 +189,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         self.batch_size = examples_per_domain * len(domain_sizes)
         self.drop_last = False
         sizes = list(domain_sizes.values())
+        self.examples_per_domain = examples_per_domain
         self._streams = sizes if balanced else [sum(sizes)]
         self._take = examples_per_domain if balanced else self.batch_size
         # Batches go forward, so a stream needs its current permutation, and its next one where a pass ends.
@@ -180,6 +200,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(self.batch, range(self.num_batches))
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that alternate in a batch: the domains, or one when not balanced."""
+        return len(self._streams)
 
     def batch(self, k: int) -> list[int]:
         """Return the row indices of batch k (from 0), without drawing the batches before it."""
@@ -197,16 +222,88 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return np.random.default_rng([self.seed, stream, epoch]).permutation(self._streams[stream])
 
 
-def _parse_row(line: bytes, where: str) -> Messages:
-    """Parse one line; `where` is its file:line."""
+class MicroBatchSampler(Sampler[list[int]]):
+    """Cuts every batch of a `BalancedBatchSampler` into micro-batches for gradient accumulation and processes.
+
+    Each micro-batch holds the same number of examples of every domain, and examples of like length stand together, so
+    that little is padding. The loss of the whole batch does not depend on the cut.
+
+    Args:
+        batches: The balanced batches.
+        num_parts: Micro-batches per batch: accumulation steps times processes.
+        lengths: Tokens of every row of the dataset.
+
+    Raises:
+        DataError: If the batches cannot be cut evenly.
+    """
+
+    def __init__(self, batches: BalancedBatchSampler, num_parts: int, lengths: Sequence[int]) -> None:
+        if num_parts < 1 or batches.examples_per_domain % num_parts:
+            raise DataError(
+                f"examples_per_domain ({batches.examples_per_domain}) must be a multiple of the number of "
+                f"micro-batches in a step ({num_parts}: accumulation times processes)."
+            )
+        self.batches = batches
+        self.num_parts = num_parts
+        self.batch_size = batches.batch_size // num_parts
+        self.drop_last = False
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.num_parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            num_streams = self.batches.num_streams
+            streams = [sorted(batch[s::num_streams], key=self._lengths.__getitem__) for s in range(num_streams)]
+            size = len(streams[0]) // self.num_parts
+            for part in range(self.num_parts):
+                yield [row for stream in streams for row in stream[part * size : (part + 1) * size]]
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """The JSON objects of a file, each with its file:line."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise DataError(f"{path}: expected a .jsonl or .jsonl.gz file, got {path.name!r}.")
+    opener = gzip.open if path.name.endswith(".gz") else open
+    rows = []
+    number = 0
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    rows.append((_json_object(line, where), where))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read after line {number}: {error}.") from error
+    if not rows:
+        raise DataError(f"{path}: expected at least one conversation, got an empty file.")
+    return rows
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # also what a decoding error is
         raise DataError(f"{where}: expected one JSON object in UTF-8, got invalid text ({error}).") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}.")
-    messages = _row_messages(row, where)
-    problem = conversation_problem(messages, last_role="assistant")
+    return row
+
+
+def _prompt(row: dict[str, Any], where: str) -> Prompt:
+    messages = _row_messages(row, where, answered=False)
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    name = row.get("id")
+    usable = isinstance(name, (str, int)) and not isinstance(name, bool)
+    return Prompt(_checked(messages, where, last_role="user"), name if usable else None, where)
+
+
+def _checked(
+    messages: Messages, where: str, last_role: Literal["user", "assistant"] = "assistant"
+) -> Messages:
+    problem = conversation_problem(messages, last_role=last_role)
     if problem is None:
         empty = [m["role"] for m in messages if m["role"] != "system" and not m["content"].strip()]
         problem = f"the {empty[0]} message must not be empty" if empty else None
@@ -215,8 +312,8 @@ def _parse_row(line: bytes, where: str) -> Messages:
     return messages
 
 
-def _row_messages(row: dict[str, Any], where: str) -> Messages:
-    """Bring a row of any known form into messages, which are still to be checked."""
+def _row_messages(row: dict[str, Any], where: str, answered: bool = True) -> Messages:
+    """Bring a row of any known form into messages, to be checked; `answered`: it must have an answer."""
     for field in ("messages", "conversations"):
         if field in row:
             if not isinstance(row[field], list):
@@ -227,7 +324,7 @@ def _row_messages(row: dict[str, Any], where: str) -> Messages:
     for question, answers in _ANSWER_FIELDS.items():
         if question in row:
             answer = next((field for field in answers if field in row), None)
-            if answer is None:
+            if answer is None and answered:
                 raise DataError(f"{where}: a row with {question} must also have {' or '.join(answers)}.")
             return _pair(row, question, answer, where)
     raise DataError(
@@ -251,11 +348,11 @@ def _message(item: Any, where: str) -> dict[str, str]:
     raise DataError(f"{where} must be an object with role and content, or with from and value.")
 
 
-def _pair(row: dict[str, Any], question: str, answer: str, where: str) -> Messages:
-    """Make a one-turn conversation of a question field, its optional `input`, and an answer field."""
+def _pair(row: dict[str, Any], question: str, answer: str | None, where: str) -> Messages:
+    """Make a one-turn conversation of a question field, its optional `input`, and an answer field, if any."""
     fields = [
         question,
-        answer,
+        *([] if answer is None else [answer]),
         *(["input"] if question == "instruction" and row.get("input") is not None else []),
     ]
     for field in fields:
@@ -264,4 +361,5 @@ def _pair(row: dict[str, Any], question: str, answer: str, where: str) -> Messag
     text = row[question]
     if "input" in fields and row["input"].strip():
         text = f"{text}\n\n{row['input']}"
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": row[answer]}]
+    asked = {"role": "user", "content": text}
+    return [asked] if answer is None else [asked, {"role": "assistant", "content": row[answer]}]

@@ -1,4 +1,4 @@
-"""The token view carries its data faithfully, asks nothing of the network, and runs nothing that a model wrote."""
+"""The token view carries its data faithfully, asks nothing of the network, and runs nothing a model wrote."""
 
 import json
 import re

@@ -1,0 +1,1 @@
+"""Generation: one token after the other, with what the gate made of each."""

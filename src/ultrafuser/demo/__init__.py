@@ -1,0 +1,1 @@
+"""The demo's material: a recipe, and conversations of our own writing that train and measure its gate."""

@@ -1,0 +1,164 @@
+"""Stage 1 without running the specialists again: their hidden states, kept on disk.
+
+Frozen specialists give the same states every time, and stage 1 looks at every conversation many times. So they run once
+over the data; afterwards a step is gate, head and loss only.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ultrafuser.files import atomic_write
+from ultrafuser.fusion.loss import IGNORE_INDEX
+from ultrafuser.modeling.model import UltraFuserForCausalLM
+from ultrafuser.modeling.templates import ConversationEncoder, EncodedConversation
+
+_ROWS_PER_FILE = 512
+_TOKENS_PER_PASS = 2048
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """What the cache cost.
+
+    Attributes:
+        seconds: running the specialists over the data once; 0 when a cache of the same states was found.
+        num_bytes: on disk.
+        num_tokens: response tokens, each with a state per specialist.
+    """
+
+    seconds: float
+    num_bytes: int
+    num_tokens: int
+
+
+class StateDataset(Dataset[dict[str, Any]]):
+    """Hidden states and labels of encoded conversations, read from a folder that `cache_states` wrote.
+
+    A row is `{"states": [N tensors (R, H_j)], "labels": (R,)}`.
+    """
+
+    def __init__(self, folder: Path, conversations: Sequence[EncodedConversation]) -> None:
+        self._conversations = conversations
+        self._open = ExitStack()
+        files = sorted(folder.glob("states-*.safetensors"))
+        self._files = [self._open.enter_context(safe_open(path, framework="pt")) for path in files]
+        self._num_specialists = len(conversations[0].input_ids)
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = self._files[index // _ROWS_PER_FILE]
+        states = [file.get_tensor(f"{index}.{specialist}") for specialist in range(self._num_specialists)]
+        return {"states": states, "labels": torch.tensor(self._conversations[index].labels)}
+
+
+def collate_states(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Pad rows of a `StateDataset` into a batch.
+
+    Returns:
+        `specialist_hidden_states`: N tensors (B, R, H_j); `labels`: int64 (B, R), padded with -100.
+    """
+    labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
+    per_specialist = zip(*(row["states"] for row in rows), strict=True)
+    states = [pad_sequence(list(column), batch_first=True) for column in per_specialist]
+    return {"specialist_hidden_states": states, "labels": labels}
+
+
+def cache_states(
+    model: UltraFuserForCausalLM,
+    encoder: ConversationEncoder,
+    conversations: Sequence[EncodedConversation],
+    folder: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CacheCost:
+    """Run the specialists over all conversations and keep their states at the response positions.
+
+    Args:
+        model: with the specialists to run; nothing is trained.
+        encoder: that encoded the conversations.
+        conversations: in the order of the dataset.
+        folder: where the states go; states of the same specialists and conversations that lie there are used again.
+        on_progress: called with (conversations done, all).
+
+    Returns:
+        What it cost.
+    """
+    fingerprint = _fingerprint(model, conversations)
+    num_tokens = sum(len(conversation.labels) for conversation in conversations)
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and json.loads(manifest.read_text())["fingerprint"] == fingerprint:
+        return CacheCost(0.0, _size(folder), num_tokens)
+    start = time.perf_counter()
+    with atomic_write(folder) as scratch:
+        scratch.mkdir()
+        for number, first in enumerate(range(0, len(conversations), _ROWS_PER_FILE)):
+            rows = range(first, min(first + _ROWS_PER_FILE, len(conversations)))
+            tensors: dict[str, Tensor] = {}
+            for batch in _by_length(conversations, rows):
+                tensors.update(_states_of(model, encoder, conversations, batch))
+                if on_progress is not None:
+                    on_progress(first + len(tensors) // model.num_specialists, len(conversations))
+            save_file(tensors, scratch / f"states-{number:05d}.safetensors")
+        (scratch / "manifest.json").write_text(json.dumps({"fingerprint": fingerprint, "rows": len(conversations)}))
+    return CacheCost(time.perf_counter() - start, _size(folder), num_tokens)
+
+
+@torch.no_grad()
+def _states_of(
+    model: UltraFuserForCausalLM,
+    encoder: ConversationEncoder,
+    conversations: Sequence[EncodedConversation],
+    rows: Sequence[int],
+) -> dict[str, Tensor]:
+    batch = encoder.collate([conversations[row] for row in rows])
+    batch = {key: tensor.to(model.device) for key, tensor in batch.items() if key != "labels"}
+    states = model.hidden_states(**batch)
+    return {
+        f"{row}.{specialist}": state[index, : len(conversations[row].labels)].cpu().clone()
+        for index, row in enumerate(rows)
+        for specialist, state in enumerate(states)
+    }
+
+
+def _by_length(conversations: Sequence[EncodedConversation], rows: Sequence[int]) -> list[list[int]]:
+    """Rows of like length together, at most `_TOKENS_PER_PASS` tokens (padding included) per specialist in one."""
+
+    def length(row: int) -> int:
+        return max(len(ids) for ids in conversations[row].input_ids)
+
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=length):
+        if batches and (len(batches[-1]) + 1) * length(row) <= _TOKENS_PER_PASS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _fingerprint(model: UltraFuserForCausalLM, conversations: Sequence[EncodedConversation]) -> str:
+    """A digest of every weight of the bank and every token, so that states are never used for something else."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.bank.state_tensors().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    for conversation in conversations:
+        digest.update(json.dumps([conversation.input_ids, conversation.response_positions]).encode())
+    return digest.hexdigest()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,258 @@
+"""Recipes: YAML files that say everything a run depends on.
+
+Every field is checked before any work begins; an unknown key is an error that names the nearest known one. Defaults
+are the paper's. Relative paths in a recipe are relative to the recipe's own folder, so that a recipe and its data can
+move together; package:// sources and hub ids stay as they are.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ultrafuser.errors import RecipeError
+from ultrafuser.fusion.gate import GateForm
+from ultrafuser.modeling.checkpoint import SpecialistSource
+from ultrafuser.modeling.configuration import BankKind
+from ultrafuser.modeling.sources import PACKAGE_SCHEME, resolve_file
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpecialistEntry(_Section):
+    """One specialist: see `ultrafuser.SpecialistSource`."""
+
+    model: str = Field(description="model folder, hub id, or package://<package>/<path>")
+    adapter: str | None = Field(None, description="PEFT LoRA folder on top of it; leave out for the model itself")
+    template: str = Field("tokenizer", description="built-in template name, 'tokenizer', or Jinja text")
+    model_revision: str | None = Field(None, description="hub revision of the model")
+    adapter_revision: str | None = Field(None, description="hub revision of the adapter")
+
+    def source(self) -> SpecialistSource:
+        """The same as the source that `fuse` takes."""
+        return SpecialistSource(**self.model_dump())
+
+
+class GateSettings(_Section):
+    """The gate (paper, section 3.1)."""
+
+    form: GateForm = Field("shared", description="shared (the paper's), per_specialist or joint")
+    size: int = Field(512, ge=1, description="width of the hidden layer")
+    start: str | None = Field(None, description="fused checkpoint whose gate to start from, after adding a specialist")
+
+
+class LoraSettings(_Section):
+    """Low-rank adapters for fine-tuning."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="layers that get an adapter")
+
+
+class StageSettings(_Section):
+    """One stage of training: what every stage has in common."""
+
+    steps: int = Field(ge=0, description="optimiser steps")
+    examples_per_domain: int = Field(ge=1, description="examples of every domain in a batch, over all processes")
+    examples_per_pass: int | None = Field(
+        None, ge=1, description="examples of every domain in one forward pass of one process; all of its share if unset"
+    )
+    learning_rate: float = Field(2e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
+    balanced: bool = Field(True, description="same number of every domain in a batch; false is the paper's ablation")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; a tenth of the stage if unset")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.examples_per_pass is not None and self.examples_per_domain % self.examples_per_pass:
+            raise ValueError(
+                f"examples_per_pass ({self.examples_per_pass}) must divide examples_per_domain "
+                f"({self.examples_per_domain})"
+            )
+        return self
+
+
+class Stage1(StageSettings):
+    """Stage 1: the gate alone, specialists frozen."""
+
+    steps: int = Field(400, ge=0)
+    examples_per_domain: int = Field(64, ge=1)
+    cache_states: bool = Field(
+        False, description="run the specialists once and keep their hidden states on disk for the whole stage"
+    )
+
+
+class Stage2(StageSettings):
+    """Stage 2: gate and specialists together."""
+
+    steps: int = Field(9000, ge=0)
+    examples_per_domain: int = Field(32, ge=1)
+    train: Literal["full", "lora"] = Field(
+        "full",
+        description="full: every weight of whole specialists. lora: the adapters of an adapter bank, or new ones on "
+        "whole specialists, merged at the end",
+    )
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="new adapters on whole specialists")
+    gate_learning_rate: float | None = Field(None, gt=0, description="the gate's own rate; learning_rate if unset")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+
+
+class _RunSettings(_Section):
+    data: dict[str, list[str]] = Field(min_length=1, description="domain -> files of conversations to train on")
+    data_rows: int | None = Field(None, ge=1, description="train on the first so many rows of every domain")
+    heldout: dict[str, list[str]] = Field(default_factory=dict, description="domain -> files to measure on")
+    heldout_rows: int | None = Field(None, ge=1, description="measure on the first so many rows of every domain")
+    max_length: int = Field(1024, ge=8, description="tokens a specialist reads at most")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate",
+        description="longer conversations lose response tokens from their end (and are dropped when none is left), "
+        "are dropped, or are refused",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the specialists' frozen weights")
+    seed: int = Field(0, ge=0)
+
+    @field_validator("data", "heldout", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {domain: [files] if isinstance(files, str) else files for domain, files in value.items()}
+        return value
+
+
+    @property
+    def data_files(self) -> dict[str, list[Path]]:
+        """domain -> files to train on, package:// resolved."""
+        return {domain: [resolve_file(file) for file in files] for domain, files in self.data.items()}
+
+    @property
+    def heldout_files(self) -> dict[str, list[Path]]:
+        """domain -> files to measure on, package:// resolved."""
+        return {domain: [resolve_file(file) for file in files] for domain, files in self.heldout.items()}
+
+
+class FusionRecipe(_RunSettings):
+    """What `ultrafuser train` reads: specialists, gate, data, two stages."""
+
+    specialists: dict[str, SpecialistEntry] = Field(min_length=1)
+    bank: BankKind | Literal["auto"] = Field("auto", description="whole, adapters, or auto (see `fuse`)")
+    end_token: str | None = Field(None, description="token that ends every response; the tokenizers' own if unset")
+    gate: GateSettings = Field(default_factory=GateSettings)
+    stage1: Stage1 = Field(default_factory=Stage1)
+    stage2: Stage2 | None = Field(default_factory=Stage2, description="null leaves stage 2 out")
+
+
+class SpecializeRecipe(_RunSettings):
+    """What `ultrafuser specialize` reads: one base, one or several domains."""
+
+    model: str = Field(description="the base: model folder, hub id, or package://<package>/<path>")
+    model_revision: str | None = None
+    adapter: str | None = Field(None, description="LoRA adapter to go on from; a fresh one if unset")
+    template: str = Field("tokenizer", description="built-in template name, 'tokenizer', or Jinja text")
+    end_token: str | None = None
+    train: Literal["lora", "full"] = "lora"
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    stage: StageSettings
+    gradient_checkpointing: bool = False
+
+
+R = TypeVar("R", bound=_RunSettings)
+
+
+def read_recipe(path: str | Path, kind: type[R]) -> R:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        kind: `FusionRecipe` or `SpecializeRecipe`.
+
+    Returns:
+        The recipe with relative paths resolved against its folder.
+
+    Raises:
+        RecipeError: the file cannot be read, or a key or value is wrong; the message names it.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} must hold settings (key: value), got {type(content).__name__}.")
+    try:
+        recipe = kind.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: {_explain(error, kind)}") from error
+    return _resolved(recipe, path.parent)
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first few problems, each with its key; for unknown keys the nearest known one."""
+    lines = []
+    for problem in error.errors()[:3]:
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(kind, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            lines.append(f"unknown key {key!r}. {hint}Known here: {', '.join(known)}.")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing.")
+        else:
+            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}.")
+    return " ".join(lines)
+
+
+def _known_keys(kind: type[BaseModel], parents: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section that a path of an error leads to."""
+    section: Any = kind
+    for part in parents:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue  # the name of a specialist leads from the mapping to its entry, which is chosen below
+        field = section.model_fields.get(str(part))
+        if field is None:
+            continue
+        models = [a for a in _leaves(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        section = models[0] if models else section
+    return list(section.model_fields)
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    arguments = getattr(annotation, "__args__", None)
+    return [annotation] if not arguments else [leaf for argument in arguments for leaf in _leaves(argument)]
+
+
+def _resolved(recipe: R, folder: Path) -> R:
+    """The recipe with relative paths made absolute; what is no path that exists is left alone."""
+
+    def place(value: str, must_exist: bool) -> str:
+        if value.startswith(PACKAGE_SCHEME):
+            return value
+        candidate = Path(value).expanduser()
+        if candidate.is_absolute():
+            return str(candidate)
+        local = folder / candidate
+        return str(local.resolve()) if must_exist or local.exists() else value
+
+    settings = recipe.model_dump()
+    for section in ("data", "heldout"):
+        settings[section] = {
+            domain: [place(file, True) for file in files] for domain, files in settings[section].items()
+        }
+    entries = list(settings.get("specialists", {}).values()) or [settings]
+    for entry in entries:
+        for key in ("model", "adapter"):
+            if entry.get(key) is not None:
+                entry[key] = place(entry[key], False)
+    if settings.get("gate", {}).get("start") is not None:
+        settings["gate"]["start"] = place(settings["gate"]["start"], False)
+    return type(recipe).model_validate(settings)

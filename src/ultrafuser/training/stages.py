@@ -1,0 +1,301 @@
+"""The two stages (paper, algorithm 1): first the gate alone, then gate and specialists together.
+
+Also the one stage that `specialize` needs: a single specialist is a fused model with N = 1, whose gate weight is
+always one, so the same trainer, batches and loss fine-tune it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from ultrafuser.errors import ConversationTooLongError, DataError, RecipeError
+from ultrafuser.modeling.lora import Adapter
+from ultrafuser.modeling.model import UltraFuserForCausalLM
+from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
+from ultrafuser.modeling.templates import ConversationEncoder, EncodedConversation
+from ultrafuser.training.data import BalancedBatchSampler, ConversationDataset, Messages, MicroBatchSampler
+from ultrafuser.training.features import CacheCost, StateDataset, cache_states, collate_states
+from ultrafuser.training.recipe import LoraSettings, Stage1, Stage2, StageSettings
+from ultrafuser.training.trainer import FusionTrainer, last_checkpoint
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Training conversations, encoded for the specialists.
+
+    Attributes:
+        conversations: all domains, one after another.
+        domain_sizes: domain -> number of conversations, in that order.
+        dropped: domain -> conversations that were too long, where any were.
+    """
+
+    conversations: Sequence[EncodedConversation]
+    domain_sizes: Mapping[str, int]
+    dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did.
+
+    Attributes:
+        losses: (step, mean loss in nats per response token since the last entry).
+        seconds: of training, of this process; what came before a resume is not in it.
+        cache: cost of the cached states, where they were used.
+    """
+
+    losses: list[tuple[int, float]]
+    seconds: float
+    cache: CacheCost | None = None
+
+
+def encode_data(
+    encoder: ConversationEncoder,
+    conversations: Mapping[str, Sequence[Messages]],
+    too_long: Literal["truncate", "drop", "error"],
+) -> EncodedData:
+    """Encode every domain's conversations.
+
+    Args:
+        encoder: of the specialists.
+        conversations: domain -> conversations.
+        too_long: what to do with conversations that a specialist cannot read to the end: cut response tokens from
+            their end (and drop those of which none is left), drop them, or refuse.
+
+    Raises:
+        TemplateError: a conversation is too long and `too_long` is "error".
+        DataError: nothing is left of a domain.
+    """
+    encoded: dict[str, list[EncodedConversation]] = {}
+    dropped: dict[str, int] = {}
+    for domain, rows in conversations.items():
+        encoded[domain] = []
+        for row in rows:
+            try:
+                encoded[domain].append(encoder.encode(row, too_long="truncate" if too_long == "truncate" else "error"))
+            except ConversationTooLongError:
+                if too_long == "error":
+                    raise
+                dropped[domain] = dropped.get(domain, 0) + 1
+        if not encoded[domain]:
+            raise DataError(
+                f"data.{domain}: all {len(rows)} conversations are longer than max_length. Raise max_length."
+            )
+    sizes = {domain: len(rows) for domain, rows in encoded.items()}
+    return EncodedData([row for rows in encoded.values() for row in rows], sizes, dropped)
+
+
+def run_stage1(
+    model: UltraFuserForCausalLM,
+    encoder: ConversationEncoder,
+    data: EncodedData,
+    settings: Stage1,
+    folder: Path,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StageResult:
+    """Train the gate alone; the specialists run without autograd, or only once.
+
+    Args:
+        model: trained in place.
+        encoder: that encoded the data.
+        data: conversations of every domain.
+        settings: of the stage.
+        folder: for checkpoints and cached states; a training that stopped there goes on.
+        seed: of the order of examples.
+        on_progress: called with (done, all) while states are cached.
+    """
+    model.requires_grad_(False)
+    model.gate.requires_grad_(True)
+    groups = [{"params": list(model.gate.parameters())}]
+    if not settings.cache_states:
+        dataset: Dataset = ConversationDataset(data.conversations, data.domain_sizes)
+        return _train(model, dataset, encoder.collate, data, settings, groups, folder, seed, "stage 1")
+    cost = cache_states(model, encoder, data.conversations, folder / "states", on_progress)
+    dataset = StateDataset(folder / "states", data.conversations)
+    result = _train(model, dataset, collate_states, data, settings, groups, folder, seed, "stage 1")
+    return StageResult(result.losses, result.seconds, cost)
+
+
+def run_stage2(
+    model: UltraFuserForCausalLM,
+    encoder: ConversationEncoder,
+    data: EncodedData,
+    settings: Stage2,
+    folder: Path,
+    seed: int,
+) -> StageResult:
+    """Train gate and specialists together; see `run_stage1`."""
+    model.requires_grad_(False)
+    prepare_specialists(model, settings.train, settings.lora, seed)
+    trained = [p for p in model.bank.parameters() if p.requires_grad]
+    model.gate.requires_grad_(True)
+    gate_rate = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
+    groups = [{"params": trained}, {"params": list(model.gate.parameters()), "lr": gate_rate}]
+    result = _train_specialists(model, encoder, data, settings, groups, folder, seed, "stage 2",
+                                settings.gradient_checkpointing)  # fmt: skip
+    return result
+
+
+def run_specialize(
+    model: UltraFuserForCausalLM,
+    encoder: ConversationEncoder,
+    data: EncodedData,
+    settings: StageSettings,
+    mode: str,
+    folder: Path,
+    seed: int,
+    gradient_checkpointing: bool = False,
+) -> StageResult:
+    """Fine-tune the one specialist of a fused model with N = 1; its gate has no say and is left alone."""
+    model.requires_grad_(False)
+    prepare_specialists(model, mode, None, seed)
+    groups = [{"params": [p for p in model.bank.parameters() if p.requires_grad]}]
+    return _train_specialists(model, encoder, data, settings, groups, folder, seed, "specialize",
+                              gradient_checkpointing)  # fmt: skip
+
+
+def prepare_specialists(model: UltraFuserForCausalLM, mode: str, lora: LoraSettings | None, seed: int) -> None:
+    """Make the specialists' weights trainable, in float32: steps of 2e-5 vanish in bfloat16.
+
+    Args:
+        model: changed in place.
+        mode: "full" (every weight of whole specialists) or "lora" (an adapter bank's adapters; whole specialists get
+            new ones).
+        lora: settings of new adapters.
+        seed: of new adapters.
+
+    Raises:
+        RecipeError: full training of an adapter bank.
+    """
+    bank = model.bank
+    if mode == "full":
+        if not isinstance(bank, WholeSpecialists):
+            raise RecipeError(
+                "train: full needs whole specialists, but these are adapters over one base, which they share. "
+                "Use train: lora, or bank: whole."
+            )
+        bank.float().requires_grad_(True)
+        return
+    if isinstance(bank, WholeSpecialists):
+        assert lora is not None
+        bank.adopt_adapters(lora.rank, lora.alpha, lora.target_modules, seed)
+    assert hasattr(bank, "lora_parameters")
+    for parameter in bank.lora_parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def fresh_adapter(base: nn.Module, lora: LoraSettings, base_name: str, seed: int) -> Adapter:
+    """A new adapter over a base, with a PEFT configuration of its own.
+
+    Args:
+        base: the model it will change.
+        lora: rank, alpha and layers.
+        base_name: written into the configuration.
+        seed: of its random start.
+    """
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": lora.target_modules,
+    }
+    return Adapter.initial(base, settings, seed)
+
+
+def _train_specialists(
+    model: UltraFuserForCausalLM,
+    encoder: ConversationEncoder,
+    data: EncodedData,
+    settings: StageSettings,
+    groups: list[dict[str, Any]],
+    folder: Path,
+    seed: int,
+    title: str,
+    gradient_checkpointing: bool,
+) -> StageResult:
+    dataset = ConversationDataset(data.conversations, data.domain_sizes)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        return _train(model, dataset, encoder.collate, data, settings, groups, folder, seed, title)
+    finally:
+        if gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+def _train(
+    model: UltraFuserForCausalLM,
+    dataset: Dataset,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    data: EncodedData,
+    settings: StageSettings,
+    groups: list[dict[str, Any]],
+    folder: Path,
+    seed: int,
+    title: str,
+) -> StageResult:
+    if settings.steps == 0:
+        return StageResult([], 0.0)
+    arguments = _arguments(settings, folder, seed)
+    per_pass = settings.examples_per_pass
+    share, rest = divmod(settings.examples_per_domain, arguments.world_size)
+    if rest or (per_pass is not None and share % per_pass):
+        raise RecipeError(
+            f"examples_per_domain ({settings.examples_per_domain}) must be a multiple of processes "
+            f"({arguments.world_size}) times examples_per_pass ({per_pass})."
+        )
+    accumulation = 1 if per_pass is None else share // per_pass
+    arguments.gradient_accumulation_steps = accumulation
+    batches = BalancedBatchSampler(
+        data.domain_sizes,
+        examples_per_domain=settings.examples_per_domain,
+        num_batches=settings.steps,
+        seed=seed,
+        balanced=settings.balanced,
+    )
+    lengths = [max(len(ids) for ids in c.input_ids) for c in data.conversations]
+    sampler = MicroBatchSampler(batches, accumulation * arguments.world_size, lengths)
+    trainer = FusionTrainer(model, arguments, dataset, sampler, collator, groups, title)
+    checkpoint = last_checkpoint(folder)
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.eval()
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return StageResult(losses, output.metrics["train_runtime"])
+
+
+def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArguments:
+    save_every = settings.save_every if settings.save_every is not None else max(1, settings.steps // 10)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        logging_strategy="steps",
+        logging_steps=settings.log_every,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
