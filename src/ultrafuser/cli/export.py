@@ -57,4 +57,4 @@ def export(
     with status_line(f"Writing {output}"):
         write(fused, output, form.value, name)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    Console().print(f"Wrote {form.value} to {output} ({size / 1e6:,.1f} MB).", highlight=False)
+    Console().print(f"Wrote {form.value} to {output} ({size / 1e6:,.1f} MB).", markup=False, highlight=False)

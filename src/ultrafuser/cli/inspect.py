@@ -87,7 +87,7 @@ def inspect(
     if output is not None:
         write_figures(measurement, output)
         write_metrics(output / "metrics.json", measurement.metrics(), origin)
-        console.print(f"Figures: {output}/weights.png, samples.png, tokens.png; open {output}/tokens.html")
+        console.print(f"Figures are in {output}; begin with {output / 'tokens.html'}.", markup=False)
     if json_file is not None:
         write_metrics(json_file, measurement.metrics(), origin)
 

@@ -1,10 +1,25 @@
 """`ultrafuser specialize`: fine-tune one base into a specialist."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich import box
+from rich.table import Table
+
+from ultrafuser.cli.opening import JsonOption
+from ultrafuser.cli.train import (
+    HeldOut,
+    ResumeOption,
+    show_data,
+    stage_metrics,
+    training_console,
+    write_results,
+)
+
+if TYPE_CHECKING:
+    from ultrafuser.analysis.traces import Measurement
+    from ultrafuser.training.run import TrainedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -14,29 +29,51 @@ def register(app: typer.Typer) -> None:
 
 def specialize(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe: base, data, settings.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the specialist; new or empty.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that stopped in the folder.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write metrics and provenance here.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the specialist; new or empty.")
+    ],
+    resume: ResumeOption = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Fine-tune one base on one domain or on all, with LoRA or in full.
 
-    The result lies in OUTPUT/adapter (a PEFT folder) or OUTPUT/model (a model folder). Where the recipe names held-out
-    data, the loss of the base before and of the specialist after the training are printed per domain.
+    The result lies in DIR/adapter (a PEFT folder) or DIR/model (a model folder). Where the recipe names
+    held-out data, the loss per domain before and after the training is printed. Metrics are also written to
+    DIR/metrics.json.
+
+    Example: ultrafuser specialize recipe.yaml -o code
     """
-    from ultrafuser.cli.report import provenance, write_metrics
-    from ultrafuser.cli.train import measure_heldout
+    from ultrafuser.analysis.traces import FUSED
     from ultrafuser.training.recipe import SpecializeRecipe, read_recipe
     from ultrafuser.training.run import specialize as run
 
     settings = read_recipe(recipe, SpecializeRecipe)
-    trained = run(settings, output, resume=resume)
-    console = Console()
-    metrics = {f"seconds/{name}": stage.seconds for name, stage in trained.stages.items()}
-    measured = measure_heldout(trained, settings)
-    if measured is not None:
-        for domain, loss in measured.losses["fused"].items():
-            metrics[f"loss/specialist/{domain}"] = loss
-            console.print(f"held-out loss, {domain}: {loss:.4f} nats per response token")
-    if json_file is not None:
-        write_metrics(json_file, metrics, provenance(seed=settings.seed, recipe=str(recipe)))
-    console.print(f"written to {output}")
+    heldout = HeldOut(settings)
+    console = training_console()
+    measured: dict[str, Measurement | None] = {}
+
+    def start(trained: "TrainedModel") -> None:
+        heldout.check(trained)
+        show_data(console, trained)
+        measured["before"] = heldout.measure(trained)
+
+    trained = run(settings, output, resume=resume, on_start=start)
+    measured["specialist"] = heldout.measure(trained)
+    losses = {row: found.losses[FUSED] for row, found in measured.items() if found is not None}
+    if losses:
+        console.print(_table(losses))
+    metrics = {
+        f"loss/{row}/{domain}": loss for row, cells in losses.items() for domain, loss in cells.items()
+    }
+    write_results(output, json_file, {**metrics, **stage_metrics(trained)}, settings, recipe)
+    console.print(f"The specialist is in {output / ('adapter' if settings.train == 'lora' else 'model')}.")
+
+
+def _table(losses: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Loss (nats per response token)", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for domain in losses["specialist"]:
+        table.add_column(domain, justify="right")
+    for row, cells in losses.items():
+        table.add_row(row, *(f"{loss:.3f}" for loss in cells.values()))
+    return table

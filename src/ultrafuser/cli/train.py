@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ultrafuser.cli.opening import JsonOption, progress_bar
+from ultrafuser.cli.report import provenance, write_metrics
+from ultrafuser.errors import DataError, TemplateError
+
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ultrafuser.analysis.traces import Measurement
     from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
     from ultrafuser.training.run import TrainedModel
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that stopped in the output folder.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -20,88 +30,163 @@ def register(app: typer.Typer) -> None:
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe: specialists, gate, data, stages.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the fused model; new or empty.")],
-    stage: Annotated[int | None, typer.Option(min=1, max=1, help="1: train the gate alone, leave stage 2 out.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that stopped in the folder.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write metrics and provenance here.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the fused model; new or empty.")
+    ],
+    stage: Annotated[
+        int | None,
+        typer.Option("--stage", min=1, max=1, help="1: train the gate alone.", show_default="both stages"),
+    ] = None,
+    resume: ResumeOption = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Train a gate over specialists (stage 1), then gate and specialists together (stage 2).
 
-    After stage 1 the folder holds a gate-only checkpoint that names its specialists; after stage 2 a self-contained one.
-    Where the recipe names held-out data, the loss of every specialist, of their uniform average and of the fused model
-    is printed after each stage.
+    After stage 1 alone, DIR holds a gate-only checkpoint that names its specialists; after stage 2 a
+    self-contained one. Where the recipe names held-out data, the loss of every specialist, of their uniform
+    average and of the fused model is printed after each stage. Metrics are also written to DIR/metrics.json.
+
+    Several processes (torchrun) share the work of a step; the result is the same.
+
+    Example: ultrafuser train recipe.yaml -o fused
     """
-    from ultrafuser.cli.report import provenance, write_metrics
     from ultrafuser.training.recipe import FusionRecipe, read_recipe
     from ultrafuser.training.run import train as run
 
     settings = read_recipe(recipe, FusionRecipe)
-    console = Console()
+    heldout = HeldOut(settings)
+    console = training_console()
     metrics: dict[str, float] = {}
 
+    def start(trained: "TrainedModel") -> None:
+        heldout.check(trained)
+        show_data(console, trained)
+
     def report(name: str, trained: "TrainedModel") -> None:
-        measured = measure_heldout(trained, settings)
+        measured = heldout.measure(trained)
         if measured is not None:
             show(console, measured, name.replace("stage", "stage "))
             metrics.update({f"{name}/{key}": value for key, value in measured.metrics().items()})
             metrics.update(measured.metrics())  # the plain names are those of the last stage
 
-    with StateProgress() as progress:
+    with LazyBar("Running the specialists once") as bar:
         trained = run(
-            settings, output, only_stage1=stage == 1, resume=resume, on_stage=report, on_progress=progress.update
+            settings,
+            output,
+            only_stage1=stage == 1,
+            resume=resume,
+            on_start=start,
+            on_stage=report,
+            on_progress=bar.update,
         )
     metrics.update(stage_metrics(trained))
-    if json_file is not None:
-        write_metrics(json_file, metrics, provenance(seed=settings.seed, recipe=str(recipe)))
+    write_results(output, json_file, metrics, settings, recipe)
     console.print(f"The fused model is in {output}. Talk to it: ultrafuser chat {output}")
 
 
-class StateProgress:
-    """A bar for running the specialists over the data once; it shows when that begins."""
+class LazyBar:
+    """A progress bar that shows when its work begins, and goes when that is done.
 
-    def __init__(self) -> None:
-        from rich.progress import Progress
+    Args:
+        title: what is going on.
+    """
 
-        self._progress = Progress(transient=True)
-        self._task: object = None
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: Progress | None = None
 
-    def __enter__(self) -> "StateProgress":
+    def __enter__(self) -> "LazyBar":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def update(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total` conversations."""
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("running the specialists once", total=total)
-        self._progress.update(self._progress.task_ids[0], completed=done)
+        """Move the bar to `done` of `total`."""
+        if self._bar is None:
+            self._bar = progress_bar()
+            self._bar.add_task(self._title, total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done)
         if done >= total:
-            self._progress.stop()
+            self.__exit__()
 
 
-def measure_heldout(trained: "TrainedModel", settings: "FusionRecipe | SpecializeRecipe") -> "Measurement | None":
-    """Losses and gate weights on the recipe's held-out data; None when it names none.
+class HeldOut:
+    """The held-out data of a recipe: read before anything is trained, measured afterwards.
 
     Args:
-        trained: what a run gave.
-        settings: its recipe.
-    """
-    from ultrafuser.analysis.measure import measure
-    from ultrafuser.training.data import load_domain_conversations
+        settings: the recipe.
 
-    if not settings.heldout:
-        return None
-    rows = {d: c[: settings.heldout_rows] for d, c in load_domain_conversations(settings.heldout_files).items()}
-    with StateProgress() as progress:
-        return measure(
-            trained.fused.model,
-            trained.encoder,
-            rows,
-            too_long="error" if settings.too_long == "error" else "truncate",
-            progress=progress.update,
-        )
+    Raises:
+        DataError: a file is malformed.
+    """
+
+    def __init__(self, settings: "FusionRecipe | SpecializeRecipe") -> None:
+        from ultrafuser.training.data import load_domain_conversations
+
+        files = settings.heldout_files
+        self._rows = {d: c[: settings.heldout_rows] for d, c in load_domain_conversations(files).items()}
+        self._refuses_long = settings.too_long == "error"
+
+    def check(self, trained: "TrainedModel") -> None:
+        """Leave out conversations of which a specialist reads not one response token.
+
+        Raises:
+            DataError: nothing is left of a domain, or a conversation is too long and the recipe refuses that.
+        """
+        from ultrafuser.training.stages import shortened
+
+        for domain, rows in self._rows.items():
+            for number, row in enumerate(rows, start=1):
+                try:
+                    trained.encoder.encode(row, too_long="error" if self._refuses_long else "truncate")
+                except TemplateError as error:
+                    if self._refuses_long:
+                        raise DataError(f"heldout.{domain}, conversation {number}: {error}") from error
+            self._rows[domain] = [row for row in rows if shortened(trained.encoder, row) is not None]
+            if not self._rows[domain]:
+                raise DataError(
+                    f"heldout.{domain}: no conversation is short enough for max_length. Raise max_length."
+                )
+
+    def measure(self, trained: "TrainedModel") -> "Measurement | None":
+        """Losses and gate weights; None when the recipe names no held-out data.
+
+        Args:
+            trained: what a run gave.
+        """
+        from ultrafuser.analysis.measure import measure
+
+        if not self._rows:
+            return None
+        with LazyBar("Measuring response tokens") as bar:
+            return measure(
+                trained.fused.model, trained.encoder, self._rows, too_long="truncate", progress=bar.update
+            )
+
+
+def training_console() -> Console:
+    """Where a training reports: the main process only; the libraries' own bars and hints are turned off."""
+    from transformers.utils import logging
+
+    from ultrafuser.training.run import is_main_process
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return Console(quiet=not is_main_process())
+
+
+def show_data(console: Console, trained: "TrainedModel") -> None:
+    """Print what is trained on, a line per domain, and what had to be cut or left out."""
+    data = trained.data
+    for domain, number in data.domain_sizes.items():
+        cut, dropped = data.truncated.get(domain, 0), data.dropped.get(domain, 0)
+        notes = [f"{cut:,} of them cut to max_length"] if cut else []
+        notes += [f"{dropped:,} more left out as too long"] if dropped else []
+        console.print(f"{domain}: {number:,} conversations", *notes, sep=", ", markup=False, highlight=False)
 
 
 def show(console: Console, measured: "Measurement", title: str) -> None:
@@ -114,7 +199,7 @@ def show(console: Console, measured: "Measurement", title: str) -> None:
 
 
 def stage_metrics(trained: "TrainedModel") -> Mapping[str, float]:
-    """Time of every stage, and what cached states cost and spare."""
+    """Time of every stage, and what cached states cost."""
     metrics: dict[str, float] = {}
     for name, result in trained.stages.items():
         metrics[f"seconds/{name}"] = result.seconds
@@ -124,3 +209,28 @@ def stage_metrics(trained: "TrainedModel") -> Mapping[str, float]:
             metrics[f"cache_s/{name}"] = result.cache.seconds
             metrics[f"cache_bytes/{name}"] = float(result.cache.num_bytes)
     return metrics
+
+
+def write_results(
+    folder: Path,
+    json_file: Path | None,
+    metrics: Mapping[str, float],
+    settings: "FusionRecipe | SpecializeRecipe",
+    recipe: Path,
+) -> None:
+    """Write metrics, versions and seed beside the result, and to `--json`.
+
+    Args:
+        folder: of the result.
+        json_file: what `--json` names.
+        metrics: name -> number.
+        settings: the recipe.
+        recipe: its file.
+    """
+    from ultrafuser.training.run import is_main_process
+
+    if is_main_process():
+        origin = provenance(seed=settings.seed, recipe=str(recipe))
+        for path in (folder / "metrics.json", json_file):
+            if path is not None:
+                write_metrics(path, metrics, origin)

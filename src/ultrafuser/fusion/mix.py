@@ -115,4 +115,4 @@ def fused_logits(hidden_states: Sequence[Tensor], gate_weights: Tensor, heads: S
     logits = torch.mm(inputs[0].flatten(0, -2), weights[0].t())
     for state, weight in zip(inputs[1:], weights[1:], strict=True):
         logits = torch.addmm(logits, state.flatten(0, -2), weight.t())
-    return logits.view(*leading, -1)
+    return logits.view(*leading, logits.shape[-1])

@@ -266,6 +266,8 @@ def load_model(
     folder = _checkpoint_folder(name_or_path, hub)
     if config is None:
         config = UltraFuserConfig.from_pretrained(folder)
+    if not config.specialists:
+        raise CheckpointError(f"{folder} is no fused checkpoint: its config.json names no specialists.")
     tensors = _read_tensors(folder)
     wanted = _as_dtype(dtype, config)
     if config.gate_only:

@@ -13,12 +13,12 @@ import torch
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
 from ultrafuser.modeling import sources
-from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, model_from_tensors, open_bank
+from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse, model_from_tensors
 from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank, WholeSpecialists
-from ultrafuser.modeling.templates import resolve_template, vocabulary_difference
+from ultrafuser.modeling.templates import vocabulary_difference
 
 
 def add_specialist(fused: FusedModel, name: str, source: SpecialistSource) -> FusedModel:
@@ -31,13 +31,16 @@ def add_specialist(fused: FusedModel, name: str, source: SpecialistSource) -> Fu
     Args:
         fused: a fused model and its tokenizer. Whole specialists are shared with the result, not copied.
         name: of the new specialist.
-        source: where it comes from. For an adapter bank: an adapter on its own base, or that base bare.
+        source: where it comes from ("tokenizer" as its template means its own tokenizer's). For an adapter
+            bank: an adapter on the bank's base, or that base bare.
 
     Returns:
         The larger model, in evaluation mode, on the same device, and the same tokenizer.
 
     Raises:
-        UltrafuserError: the name is taken or not valid, or a shared gate cannot read the new hidden size.
+        UltrafuserError: the name is taken or not valid, the new one has no tokenizer, or a shared gate cannot
+            read its hidden size.
+        TemplateError: its template cannot be aligned.
         CheckpointError: another vocabulary, another base in an adapter bank, or an adapter that does not fit.
     """
     model, tokenizer = fused
@@ -52,27 +55,13 @@ def add_specialist(fused: FusedModel, name: str, source: SpecialistSource) -> Fu
             f"specialist {name} has another vocabulary than the fused model: {difference} Logits can only be "
             "fused over one vocabulary; use a specialist of the same family."
         )
-    member = SpecialistConfig(
-        name=name,
-        model=source.model,
-        model_revision=source.model_revision,
-        adapter=source.adapter,
-        adapter_revision=source.adapter_revision,
-        template=resolve_template(source.template, tokenizer),
-        model_config=sources.load_architecture(source.model, source.model_revision),
-    )
-    newcomer = open_bank(
-        UltraFuserConfig(specialists=[member], bank=model.config.bank), model.bank.heads()[0].weight.dtype
-    )
-    if newcomer.vocab_size < len(tokenizer):
-        raise CheckpointError(
-            f"the output head of specialist {name} has {newcomer.vocab_size} rows, but the tokenizer has "
-            f"{len(tokenizer)} tokens. Use a specialist of the same vocabulary."
-        )
-    if isinstance(model.bank, AdapterSpecialists) and isinstance(newcomer, AdapterSpecialists):
-        _require_same_base(model.bank, newcomer, member)
-    parts = _parts(model.bank) | _parts(newcomer)
-    return FusedModel(_rebuilt(model, [*model.config.members, member], parts), tokenizer)
+    end_token = tokenizer.convert_ids_to_tokens(model.config.end_token_id)
+    dtype = model.bank.heads()[0].weight.dtype
+    newcomer = fuse({name: source}, bank=model.config.bank, end_token=end_token, dtype=dtype).model
+    if isinstance(model.bank, AdapterSpecialists) and isinstance(newcomer.bank, AdapterSpecialists):
+        _require_same_base(model.bank, newcomer.bank, f"specialist {name}: {source.model}")
+    members = [*model.config.members, *newcomer.config.members]
+    return FusedModel(_rebuilt(model, members, _parts(model.bank) | _parts(newcomer.bank)), tokenizer)
 
 
 def drop_specialist(fused: FusedModel, name: str) -> FusedModel:
@@ -139,9 +128,7 @@ def _keep_gate(old: UltraFuserForCausalLM, new: UltraFuserForCausalLM) -> None:
                 network.load_state_dict(kept[name].state_dict())
 
 
-def _require_same_base(
-    bank: AdapterSpecialists, newcomer: AdapterSpecialists, member: SpecialistConfig
-) -> None:
+def _require_same_base(bank: AdapterSpecialists, newcomer: AdapterSpecialists, who: str) -> None:
     """Compare weights, not names: one base may have several names, and one name several weights."""
     mine, theirs = bank.base_tensors(), newcomer.base_tensors()
     # A base that was once stored in bfloat16 differs from its float32 source by the rounding.
@@ -155,7 +142,7 @@ def _require_same_base(
     ]
     if differing:
         raise CheckpointError(
-            f"specialist {member.name}: the adapters of this model stand on one base, but {member.model} is "
-            f"another ({len(differing)} tensors differ, first: {differing[0]}). Use an adapter on the same "
-            "base, or export the fused model as whole specialists and add it there."
+            f"{who} is not the base that the adapters of this model stand on ({len(differing)} tensors "
+            f"differ, first: {differing[0]}). Use an adapter on the same base, or export the fused model as "
+            "whole specialists and add it there."
         )

@@ -413,6 +413,7 @@ def check_exact(name: str, model: PreTrainedModel) -> None:
     Raises:
         UltrafuserError: the model cannot run as a specialist, or gives other logits than by itself.
     """
+    _check_linear_head(name, model)
     ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
     positions, head = torch.arange(4, device=model.device).unsqueeze(0), _head(model)
     try:

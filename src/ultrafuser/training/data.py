@@ -223,10 +223,10 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """Cuts every batch of a `BalancedBatchSampler` into micro-batches for gradient accumulation and processes.
+    """Cuts every batch of a `BalancedBatchSampler` for gradient accumulation and processes.
 
-    Each micro-batch holds the same number of examples of every domain, and examples of like length stand together, so
-    that little is padding. The loss of the whole batch does not depend on the cut.
+    Each micro-batch holds the same number of examples of every domain, and examples of like length stand
+    together, so that little is padding. The loss of the whole batch does not depend on the cut.
 
     Args:
         batches: The balanced batches.
@@ -255,7 +255,10 @@ class MicroBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
             num_streams = self.batches.num_streams
-            streams = [sorted(batch[s::num_streams], key=self._lengths.__getitem__) for s in range(num_streams)]
+            streams = [
+                sorted(batch[stream::num_streams], key=self._lengths.__getitem__)
+                for stream in range(num_streams)
+            ]
             size = len(streams[0]) // self.num_parts
             for part in range(self.num_parts):
                 yield [row for stream in streams for row in stream[part * size : (part + 1) * size]]

@@ -1,7 +1,7 @@
 """Stage 1 without running the specialists again: their hidden states, kept on disk.
 
-Frozen specialists give the same states every time, and stage 1 looks at every conversation many times. So they run once
-over the data; afterwards a step is gate, head and loss only.
+Frozen specialists give the same states every time, and stage 1 looks at every conversation many times. So
+they run once over the data; afterwards a step is gate, head and loss only.
 """
 
 import hashlib
@@ -91,7 +91,8 @@ def cache_states(
         model: with the specialists to run; nothing is trained.
         encoder: that encoded the conversations.
         conversations: in the order of the dataset.
-        folder: where the states go; states of the same specialists and conversations that lie there are used again.
+        folder: where the states go; states of the same specialists and conversations that lie there are used
+            again.
         on_progress: called with (conversations done, all).
 
     Returns:
@@ -113,7 +114,8 @@ def cache_states(
                 if on_progress is not None:
                     on_progress(first + len(tensors) // model.num_specialists, len(conversations))
             save_file(tensors, scratch / f"states-{number:05d}.safetensors")
-        (scratch / "manifest.json").write_text(json.dumps({"fingerprint": fingerprint, "rows": len(conversations)}))
+        content = {"fingerprint": fingerprint, "rows": len(conversations)}
+        (scratch / "manifest.json").write_text(json.dumps(content))
     return CacheCost(time.perf_counter() - start, _size(folder), num_tokens)
 
 
@@ -135,7 +137,7 @@ def _states_of(
 
 
 def _by_length(conversations: Sequence[EncodedConversation], rows: Sequence[int]) -> list[list[int]]:
-    """Rows of like length together, at most `_TOKENS_PER_PASS` tokens (padding included) per specialist in one."""
+    """Rows of like length together: at most `_TOKENS_PER_PASS` tokens a specialist, padding included."""
 
     def length(row: int) -> int:
         return max(len(ids) for ids in conversations[row].input_ids)
@@ -150,8 +152,10 @@ def _by_length(conversations: Sequence[EncodedConversation], rows: Sequence[int]
 
 
 def _fingerprint(model: UltraFuserForCausalLM, conversations: Sequence[EncodedConversation]) -> str:
-    """A digest of every weight of the bank and every token, so that states are never used for something else."""
+    """A digest of what the states depend on: weights, architectures, adapter settings, tokens."""
     digest = hashlib.sha256()
+    settings = [(member.model_config, member.adapter_config) for member in model.config.members]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.bank.state_tensors().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)

@@ -1,11 +1,12 @@
 """Recipes: YAML files that say everything a run depends on.
 
-Every field is checked before any work begins; an unknown key is an error that names the nearest known one. Defaults
-are the paper's. Relative paths in a recipe are relative to the recipe's own folder, so that a recipe and its data can
-move together; package:// sources and hub ids stay as they are.
+Every field is checked before any work begins; an unknown key is an error that names the nearest known one.
+Defaults are the paper's. Relative paths in a recipe are relative to the recipe's own folder, so that a recipe
+and its data can move together; package:// sources and hub ids stay as they are.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -18,19 +19,25 @@ from ultrafuser.modeling.checkpoint import SpecialistSource
 from ultrafuser.modeling.configuration import BankKind
 from ultrafuser.modeling.sources import PACKAGE_SCHEME, resolve_file
 
+_UNION_MEMBER = re.compile(r"(literal|list|dict|\[key)\[?.*\]")
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SpecialistEntry(_Section):
     """One specialist: see `ultrafuser.SpecialistSource`."""
 
     model: str = Field(description="model folder, hub id, or package://<package>/<path>")
-    adapter: str | None = Field(None, description="PEFT LoRA folder on top of it; leave out for the model itself")
-    template: str = Field("tokenizer", description="built-in template name, 'tokenizer', or Jinja text")
-    model_revision: str | None = Field(None, description="hub revision of the model")
-    adapter_revision: str | None = Field(None, description="hub revision of the adapter")
+    adapter: str | None = Field(
+        default=None, description="PEFT LoRA folder on top of it; leave out for the model itself"
+    )
+    template: str = Field(
+        default="tokenizer", description="built-in template name, 'tokenizer', or Jinja text"
+    )
+    model_revision: str | None = Field(default=None, description="hub revision of the model")
+    adapter_revision: str | None = Field(default=None, description="hub revision of the adapter")
 
     def source(self) -> SpecialistSource:
         """The same as the source that `fuse` takes."""
@@ -40,35 +47,49 @@ class SpecialistEntry(_Section):
 class GateSettings(_Section):
     """The gate (paper, section 3.1)."""
 
-    form: GateForm = Field("shared", description="shared (the paper's), per_specialist or joint")
-    size: int = Field(512, ge=1, description="width of the hidden layer")
-    start: str | None = Field(None, description="fused checkpoint whose gate to start from, after adding a specialist")
+    form: GateForm = Field(default="shared", description="shared (the paper's), per_specialist or joint")
+    size: int = Field(default=512, ge=1, description="width of the hidden layer")
+    start: str | None = Field(
+        default=None, description="fused checkpoint whose gate to start from, after adding a specialist"
+    )
 
 
 class LoraSettings(_Section):
     """Low-rank adapters for fine-tuning."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
-    target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="layers that get an adapter")
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0, description="the update is scaled by alpha / rank")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description="layers that get an adapter"
+    )
 
 
 class StageSettings(_Section):
     """One stage of training: what every stage has in common."""
 
     steps: int = Field(ge=0, description="optimiser steps")
-    examples_per_domain: int = Field(ge=1, description="examples of every domain in a batch, over all processes")
-    examples_per_pass: int | None = Field(
-        None, ge=1, description="examples of every domain in one forward pass of one process; all of its share if unset"
+    examples_per_domain: int = Field(
+        ge=1, description="examples of every domain in a batch, over all processes"
     )
-    learning_rate: float = Field(2e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
-    balanced: bool = Field(True, description="same number of every domain in a batch; false is the paper's ablation")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; a tenth of the stage if unset")
-    log_every: int = Field(10, ge=1, description="steps between log lines")
+    examples_per_pass: int | None = Field(
+        default=None,
+        ge=1,
+        description="examples of every domain in one forward pass of one process; all of its share if unset",
+    )
+    learning_rate: float = Field(default=2e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip"
+    )
+    balanced: bool = Field(
+        default=True, description="same number of every domain in a batch; false is the paper's ablation"
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; a tenth of the stage if unset"
+    )
+    log_every: int = Field(default=10, ge=1, description="steps between log lines")
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -83,41 +104,54 @@ class StageSettings(_Section):
 class Stage1(StageSettings):
     """Stage 1: the gate alone, specialists frozen."""
 
-    steps: int = Field(400, ge=0)
-    examples_per_domain: int = Field(64, ge=1)
+    steps: int = Field(default=400, ge=0)
+    examples_per_domain: int = Field(default=64, ge=1)
     cache_states: bool = Field(
-        False, description="run the specialists once and keep their hidden states on disk for the whole stage"
+        default=False,
+        description="run the specialists once and keep their hidden states on disk for the whole stage",
     )
 
 
 class Stage2(StageSettings):
     """Stage 2: gate and specialists together."""
 
-    steps: int = Field(9000, ge=0)
-    examples_per_domain: int = Field(32, ge=1)
+    steps: int = Field(default=9000, ge=0)
+    examples_per_domain: int = Field(default=32, ge=1)
     train: Literal["full", "lora"] = Field(
-        "full",
-        description="full: every weight of whole specialists. lora: the adapters of an adapter bank, or new ones on "
-        "whole specialists, merged at the end",
+        default="full",
+        description="full: every weight of whole specialists. lora: the adapters of an adapter bank, or new "
+        "ones on whole specialists, merged at the end",
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="new adapters on whole specialists")
-    gate_learning_rate: float | None = Field(None, gt=0, description="the gate's own rate; learning_rate if unset")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    gate_learning_rate: float | None = Field(
+        default=None, gt=0, description="the gate's own rate; learning_rate if unset"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, more time"
+    )
 
 
 class _RunSettings(_Section):
-    data: dict[str, list[str]] = Field(min_length=1, description="domain -> files of conversations to train on")
-    data_rows: int | None = Field(None, ge=1, description="train on the first so many rows of every domain")
-    heldout: dict[str, list[str]] = Field(default_factory=dict, description="domain -> files to measure on")
-    heldout_rows: int | None = Field(None, ge=1, description="measure on the first so many rows of every domain")
-    max_length: int = Field(1024, ge=8, description="tokens a specialist reads at most")
-    too_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate",
-        description="longer conversations lose response tokens from their end (and are dropped when none is left), "
-        "are dropped, or are refused",
+    data: dict[str, list[str]] = Field(
+        min_length=1, description="domain -> files of conversations to train on"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the specialists' frozen weights")
-    seed: int = Field(0, ge=0)
+    data_rows: int | None = Field(
+        default=None, ge=1, description="train on the first so many rows of every domain"
+    )
+    heldout: dict[str, list[str]] = Field(default_factory=dict, description="domain -> files to measure on")
+    heldout_rows: int | None = Field(
+        default=None, ge=1, description="measure on the first so many rows of every domain"
+    )
+    max_length: int = Field(default=1024, ge=8, description="tokens a specialist reads at most")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        default="truncate",
+        description="longer conversations lose response tokens from their end (and are dropped when none is "
+        "left), are dropped, or are refused",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of the specialists' frozen weights"
+    )
+    seed: int = Field(default=0, ge=0)
 
     @field_validator("data", "heldout", mode="before")
     @classmethod
@@ -126,15 +160,14 @@ class _RunSettings(_Section):
             return {domain: [files] if isinstance(files, str) else files for domain, files in value.items()}
         return value
 
-
     @property
     def data_files(self) -> dict[str, list[Path]]:
-        """domain -> files to train on, package:// resolved."""
+        """Domain -> files to train on, package:// resolved."""
         return {domain: [resolve_file(file) for file in files] for domain, files in self.data.items()}
 
     @property
     def heldout_files(self) -> dict[str, list[Path]]:
-        """domain -> files to measure on, package:// resolved."""
+        """Domain -> files to measure on, package:// resolved."""
         return {domain: [resolve_file(file) for file in files] for domain, files in self.heldout.items()}
 
 
@@ -142,8 +175,12 @@ class FusionRecipe(_RunSettings):
     """What `ultrafuser train` reads: specialists, gate, data, two stages."""
 
     specialists: dict[str, SpecialistEntry] = Field(min_length=1)
-    bank: BankKind | Literal["auto"] = Field("auto", description="whole, adapters, or auto (see `fuse`)")
-    end_token: str | None = Field(None, description="token that ends every response; the tokenizers' own if unset")
+    bank: BankKind | Literal["auto"] = Field(
+        default="auto", description="whole, adapters, or auto (see `fuse`)"
+    )
+    end_token: str | None = Field(
+        default=None, description="token that ends every response; the tokenizers' own if unset"
+    )
     gate: GateSettings = Field(default_factory=GateSettings)
     stage1: Stage1 = Field(default_factory=Stage1)
     stage2: Stage2 | None = Field(default_factory=Stage2, description="null leaves stage 2 out")
@@ -154,8 +191,10 @@ class SpecializeRecipe(_RunSettings):
 
     model: str = Field(description="the base: model folder, hub id, or package://<package>/<path>")
     model_revision: str | None = None
-    adapter: str | None = Field(None, description="LoRA adapter to go on from; a fresh one if unset")
-    template: str = Field("tokenizer", description="built-in template name, 'tokenizer', or Jinja text")
+    adapter: str | None = Field(default=None, description="LoRA adapter to go on from; a fresh one if unset")
+    template: str = Field(
+        default="tokenizer", description="built-in template name, 'tokenizer', or Jinja text"
+    )
     end_token: str | None = None
     train: Literal["lora", "full"] = "lora"
     lora: LoraSettings = Field(default_factory=LoraSettings)
@@ -181,10 +220,10 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} must hold settings (key: value), got {type(content).__name__}.")
@@ -195,21 +234,42 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
     return _resolved(recipe, path.parent)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.SafeLoader`."""
+        mapping = super().construct_mapping(node, deep)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return mapping
+
+
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first few problems, each with its key; for unknown keys the nearest known one."""
-    lines = []
-    for problem in error.errors()[:3]:
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(kind, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            lines.append(f"unknown key {key!r}. {hint}Known here: {', '.join(known)}.")
-        elif problem["type"] == "missing":
-            lines.append(f"{key} is missing.")
-        else:
-            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}.")
-    return " ".join(lines)
+    problems: dict[str, list[Any]] = {}
+    # Where several types are allowed, each complains, under the key and its own name.
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"] if not _UNION_MEMBER.fullmatch(str(part)))
+        problems.setdefault(key, []).append(problem)
+    unknown_first = sorted(problems, key=lambda key: problems[key][0]["type"] != "extra_forbidden")
+    return " ".join(_explain_key(key, problems[key], kind) for key in unknown_first[:3])
+
+
+def _explain_key(key: str, problems: list[Any], kind: type[BaseModel]) -> str:
+    problem = problems[0]
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)[0]
+        return f"unknown key {key!r}. Did you mean {near!r}? Known here: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{key} is missing."
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}."
+    messages = " or ".join(problem["msg"][:1].lower() + problem["msg"][1:] for problem in problems)
+    return f"{key}: {messages}, got {problem['input']!r}."
 
 
 def _known_keys(kind: type[BaseModel], parents: tuple[int | str, ...]) -> list[str]:
@@ -248,8 +308,7 @@ def _resolved(recipe: R, folder: Path) -> R:
         settings[section] = {
             domain: [place(file, True) for file in files] for domain, files in settings[section].items()
         }
-    entries = list(settings.get("specialists", {}).values()) or [settings]
-    for entry in entries:
+    for entry in settings["specialists"].values() if "specialists" in settings else [settings]:
         for key in ("model", "adapter"):
             if entry.get(key) is not None:
                 entry[key] = place(entry[key], False)

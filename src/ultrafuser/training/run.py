@@ -1,20 +1,21 @@
-"""Whole runs, as the command line starts them: a recipe and an output folder in, a fused model or a specialist out.
+"""Whole runs, as the command line starts them: a recipe in, a fused model or a specialist out.
 
-The output folder is the model folder. Beside the model lie `recipe.yaml` (resolved), and in `checkpoints/` what a
-killed run needs to go on.
+The output folder is the model folder. Beside the model lie `recipe.yaml` (resolved), and in `checkpoints/`
+what a killed run needs to go on.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.files import atomic_write
-from ultrafuser.modeling import sources
 from ultrafuser.modeling.checkpoint import (
     FusedModel,
     SpecialistSource,
@@ -25,13 +26,14 @@ from ultrafuser.modeling.checkpoint import (
     save_fused,
     without_sources,
 )
-from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
+from ultrafuser.modeling.configuration import BankKind
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder
 from ultrafuser.training.data import Messages, load_domain_conversations
 from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
 from ultrafuser.training.stages import (
+    EncodedData,
     StageResult,
     encode_data,
     fresh_adapter,
@@ -42,6 +44,7 @@ from ultrafuser.training.stages import (
 
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+_NAME = "specialist"
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,13 @@ class TrainedModel:
     Attributes:
         fused: model and tokenizer; for `specialize` a fused model with N = 1.
         encoder: reads conversations for it.
+        data: what it is trained on.
         stages: stage name -> what it did.
-        after_stage: called states in between, by stage name, when `train` was asked to report them.
     """
 
     fused: FusedModel
     encoder: ConversationEncoder
+    data: EncodedData
     stages: dict[str, StageResult] = field(default_factory=dict)
 
 
@@ -66,6 +70,7 @@ def train(
     *,
     only_stage1: bool = False,
     resume: bool = False,
+    on_start: Callable[[TrainedModel], None] | None = None,
     on_stage: Callable[[str, TrainedModel], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TrainedModel:
@@ -78,6 +83,7 @@ def train(
         folder: of the model and its checkpoints.
         only_stage1: leave stage 2 out.
         resume: go on with a run that stopped in `folder`.
+        on_start: called before the first stage, when everything is loaded and encoded.
         on_stage: called after every stage with its name, "stage1" or "stage2".
         on_progress: called with (done, all) while states are cached.
 
@@ -88,7 +94,7 @@ def train(
         RecipeError: the folder holds another run, or settings do not fit together.
         DataError: a domain is empty or a row malformed.
     """
-    claim_folder(folder, recipe, resume)
+    check_folder(folder, recipe, resume)
     conversations = _training_rows(recipe)
     fused = fuse(
         {name: entry.source() for name, entry in recipe.specialists.items()},
@@ -101,8 +107,11 @@ def train(
     if recipe.gate.start is not None:
         start_gate(fused.model, recipe.gate.start)
     encoder = encoder_for(fused, recipe.max_length)
-    data = encode_data(encoder, conversations, recipe.too_long)
-    trained = TrainedModel(fused, encoder)
+    trained = TrainedModel(fused, encoder, encode_data(encoder, conversations, recipe.too_long))
+    data = trained.data
+    if on_start is not None:
+        on_start(trained)
+    _write_recipe(recipe, folder)
     checkpoints = folder / CHECKPOINTS
     trained.stages["stage1"] = run_stage1(
         fused.model, encoder, data, recipe.stage1, checkpoints / "stage1", recipe.seed, on_progress
@@ -125,57 +134,101 @@ def train(
     return trained
 
 
-def specialize(recipe: SpecializeRecipe, folder: Path, *, resume: bool = False) -> TrainedModel:
+def specialize(
+    recipe: SpecializeRecipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[TrainedModel], None] | None = None,
+) -> TrainedModel:
     """Fine-tune one base on the recipe's domains; writes a PEFT adapter folder or a whole model folder.
 
     Args:
         recipe: what to do.
-        folder: where adapter or model go.
+        folder: the result lies in its folder `adapter` or `model`.
         resume: go on with a run that stopped in `folder`.
+        on_start: called before the training, when everything is loaded and encoded.
 
     Returns:
-        The specialist as a fused model with N = 1, in evaluation mode.
+        The specialist as a fused model with N = 1, as it was written, in evaluation mode.
 
     Raises:
         RecipeError: the folder holds another run, or settings do not fit together.
         DataError: a domain is empty or a row malformed.
     """
-    claim_folder(folder, recipe, resume)
+    check_folder(folder, recipe, resume)
     conversations = _training_rows(recipe)
     fused = _open_single(recipe)
     encoder = encoder_for(fused, recipe.max_length)
-    data = encode_data(encoder, conversations, recipe.too_long)
-    result = run_specialize(
-        fused.model, encoder, data, recipe.stage, recipe.train, folder / CHECKPOINTS, recipe.seed,
+    trained = TrainedModel(fused, encoder, encode_data(encoder, conversations, recipe.too_long))
+    if on_start is not None:
+        on_start(trained)
+    _write_recipe(recipe, folder)
+    trained.stages["specialize"] = run_specialize(
+        fused.model,
+        encoder,
+        trained.data,
+        recipe.stage,
+        recipe.train,
+        folder / CHECKPOINTS,
+        recipe.seed,
         recipe.gradient_checkpointing,
-    )  # fmt: skip
-    trained = TrainedModel(fused, encoder, {"specialize": result})
+    )
+    _finish_single(recipe, fused)
     if is_main_process():
         _write_specialist(recipe, fused, folder)
     return trained
 
 
-def claim_folder(folder: Path, recipe: FusionRecipe | SpecializeRecipe, resume: bool) -> None:
-    """Make the output folder this run's own, with its resolved recipe in it.
+def check_folder(folder: Path, recipe: FusionRecipe | SpecializeRecipe, resume: bool) -> None:
+    """See that the output folder is free for this run, or holds what it is to go on with.
 
     Raises:
-        RecipeError: the folder holds another run, or anything else.
+        RecipeError: the folder holds another run, or anything else; or this run, without `resume`.
     """
-    wanted = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    written = folder / RECIPE_FILE
-    if folder.is_dir() and any(folder.iterdir()):
-        if not written.is_file():
-            raise RecipeError(f"output folder {folder} is not empty and holds no run. Choose an empty or new folder.")
-        if written.read_text() != wanted:
-            raise RecipeError(
-                f"output folder {folder} holds another run: its {RECIPE_FILE} differs from this recipe. "
-                "Choose another folder."
-            )
-        if not resume:
-            raise RecipeError(f"output folder {folder} holds this run already. Give --resume to go on with it.")
+    if not is_main_process() or not folder.exists():
+        return  # one process speaks for all: the folder may be its work already
+    if not folder.is_dir():
+        raise RecipeError(f"output folder {folder} is a file. Choose an empty or new folder.")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"output folder {folder} is not empty and holds no run. Choose an empty or new folder."
+        )
+    difference = _difference_from(folder / RECIPE_FILE, recipe)
+    if difference is not None:
+        raise RecipeError(f"output folder {folder} holds another run: {difference}. Choose another folder.")
+    if not resume:
+        raise RecipeError(f"output folder {folder} holds this run already. Give --resume to go on with it.")
+
+
+def _difference_from(path: Path, recipe: FusionRecipe | SpecializeRecipe) -> str | None:
+    """The first setting in which a written recipe differs from this one."""
+    try:
+        written = type(recipe).model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError):
+        return f"its {RECIPE_FILE} is no recipe for this command"
+    theirs, mine = dict(_settings(written.model_dump())), dict(_settings(recipe.model_dump()))
+    for key in (*mine, *theirs):
+        if theirs.get(key, "unset") != mine.get(key, "unset"):
+            return f"{key} is {theirs.get(key, 'unset')} there, but {mine.get(key, 'unset')} in this recipe"
+    return None
+
+
+def _settings(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _write_recipe(recipe: FusionRecipe | SpecializeRecipe, folder: Path) -> None:
     if is_main_process():
-        with atomic_write(written) as path:
-            path.write_text(wanted)
+        content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        with atomic_write(folder / RECIPE_FILE) as path:
+            path.write_text(content, encoding="utf-8")
 
 
 def encoder_for(fused: FusedModel, max_length: int | None = None) -> ConversationEncoder:
@@ -192,16 +245,16 @@ def encoder_for(fused: FusedModel, max_length: int | None = None) -> Conversatio
 
 
 def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
-    """Start from another fused model's gate: after a specialist was added or dropped, this is the warm-up's start.
+    """Start from another fused model's gate: the warm-up after a specialist was added or dropped.
 
-    A shared gate is taken over whole; of a per_specialist gate the networks of the specialists that both have.
+    A shared gate is taken over whole; of a per_specialist gate the networks of specialists that both have.
 
     Args:
         model: whose gate is set.
         source: folder or hub id of the other fused model.
 
     Raises:
-        RecipeError: the forms or widths differ, or nothing can be taken over (joint gates of other specialists).
+        RecipeError: forms or widths differ, or nothing can be taken over (joint gates of other specialists).
     """
     other = open_fused(source).model
     mine, theirs = model.gate, other.gate
@@ -212,8 +265,8 @@ def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
     if not same or mine.form == "joint":
         raise RecipeError(
             f"gate.start: {source} has a {theirs.form} gate of size {theirs.gate_size} over "
-            f"{', '.join(other.bank.names)}, which cannot start a {mine.form} gate of size {mine.gate_size} over "
-            f"{', '.join(model.bank.names)}. Leave gate.start out."
+            f"{', '.join(other.bank.names)}, which cannot start a {mine.form} gate of size {mine.gate_size} "
+            f"over {', '.join(model.bank.names)}. Leave gate.start out."
         )
     for index, name in enumerate(model.bank.names):
         if name in other.bank.names:
@@ -221,7 +274,12 @@ def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
 
 
 def finish_specialists(model: UltraFuserForCausalLM, dtype: torch.dtype) -> None:
-    """After training specialists: merge adopted adapters, return to the recipe's dtype, forget the old sources."""
+    """After training specialists: merge adopted adapters, return to the recipe's dtype, forget their sources.
+
+    Args:
+        model: changed in place.
+        dtype: of the recipe.
+    """
     if isinstance(model.bank, WholeSpecialists):
         model.bank.merge_adopted()
     model.requires_grad_(False)
@@ -241,27 +299,37 @@ def _training_rows(recipe: FusionRecipe | SpecializeRecipe) -> dict[str, list[Me
 
 def _open_single(recipe: SpecializeRecipe) -> FusedModel:
     source = SpecialistSource(
-        model=recipe.model, model_revision=recipe.model_revision, adapter=recipe.adapter, template=recipe.template
+        model=recipe.model,
+        model_revision=recipe.model_revision,
+        adapter=recipe.adapter,
+        template=recipe.template,
     )
     dtype = getattr(torch, recipe.dtype)
-    if recipe.train == "full":
-        return fuse({"specialist": source}, bank="whole", end_token=recipe.end_token, dtype=dtype)
-    fused = fuse({"specialist": source}, bank="adapters", end_token=recipe.end_token, dtype=dtype)
-    if recipe.adapter is not None:
+    bank: BankKind = "whole" if recipe.train == "full" else "adapters"
+    fused = fuse({_NAME: source}, bank=bank, end_token=recipe.end_token, dtype=dtype)
+    if recipe.train == "full" or recipe.adapter is not None:
         return fused
-    base = sources.load_model(recipe.model, recipe.model_revision, dtype)
+    bare = fused.model.bank
+    assert isinstance(bare, AdapterSpecialists)
+    base = bare.base
     adapter = fresh_adapter(base, recipe.lora, recipe.model, recipe.seed)
-    bank = AdapterSpecialists(base, {"specialist": adapter})
-    members: list[SpecialistConfig | Mapping] = list(fused.model.config.members)
-    config = UltraFuserConfig.from_dict(fused.model.config.to_dict() | {"specialists": [vars(m) for m in members]})
-    return FusedModel(UltraFuserForCausalLM(config, bank).eval(), fused.tokenizer)
+    model = UltraFuserForCausalLM(fused.model.config, AdapterSpecialists(base, {_NAME: adapter}))
+    return FusedModel(model.eval(), fused.tokenizer)
+
+
+def _finish_single(recipe: SpecializeRecipe, fused: FusedModel) -> None:
+    """Bring the weights into the types they are written in, so that what is measured is what is kept."""
+    bank = fused.model.requires_grad_(False).bank
+    if recipe.train == "full":
+        bank.to(getattr(torch, recipe.dtype))
+        return
+    for parameter in bank.lora_parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _write_specialist(recipe: SpecializeRecipe, fused: FusedModel, folder: Path) -> None:
-    finished = folder / ("adapter" if recipe.train == "lora" else "model")
     if recipe.train == "lora":
-        export_adapter(fused.model, "specialist", finished, dtype=torch.bfloat16)
+        export_adapter(fused.model, _NAME, folder / "adapter")
     else:
-        fused.model.bank.to(getattr(torch, recipe.dtype))
-        export_specialist(fused.model, "specialist", finished)
-        fused.tokenizer.save_pretrained(finished)
+        export_specialist(fused.model, _NAME, folder / "model")
+        fused.tokenizer.save_pretrained(folder / "model")

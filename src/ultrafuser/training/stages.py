@@ -1,11 +1,12 @@
 """The two stages (paper, algorithm 1): first the gate alone, then gate and specialists together.
 
-Also the one stage that `specialize` needs: a single specialist is a fused model with N = 1, whose gate weight is
-always one, so the same trainer, batches and loss fine-tune it.
+Also the one stage that `specialize` needs: a single specialist is a fused model with N = 1, whose gate weight
+is always one, so the same trainer, batches and loss fine-tune it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ultrafuser.errors import ConversationTooLongError, DataError, RecipeError
+from ultrafuser.errors import ConversationTooLongError, DataError, RecipeError, TemplateError
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
@@ -24,6 +25,8 @@ from ultrafuser.training.features import CacheCost, StateDataset, cache_states, 
 from ultrafuser.training.recipe import LoraSettings, Stage1, Stage2, StageSettings
 from ultrafuser.training.trainer import FusionTrainer, last_checkpoint
 
+_DAY_S = 24 * 3600
+
 
 @dataclass(frozen=True)
 class EncodedData:
@@ -32,12 +35,15 @@ class EncodedData:
     Attributes:
         conversations: all domains, one after another.
         domain_sizes: domain -> number of conversations, in that order.
-        dropped: domain -> conversations that were too long, where any were.
+        dropped: domain -> conversations that were too long and left out, where any were.
+        truncated: domain -> conversations that were too long and lost the end of their responses, where any
+            were.
     """
 
     conversations: Sequence[EncodedConversation]
     domain_sizes: Mapping[str, int]
     dropped: Mapping[str, int]
+    truncated: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -65,30 +71,43 @@ def encode_data(
     Args:
         encoder: of the specialists.
         conversations: domain -> conversations.
-        too_long: what to do with conversations that a specialist cannot read to the end: cut response tokens from
-            their end (and drop those of which none is left), drop them, or refuse.
+        too_long: what to do with conversations that a specialist cannot read to the end: cut response tokens
+            from their end (and drop those of which none is left), drop them, or refuse.
 
     Raises:
-        TemplateError: a conversation is too long and `too_long` is "error".
+        TemplateError: a conversation cannot be read, or is too long and `too_long` is "error"; the message
+            names its domain and number.
         DataError: nothing is left of a domain.
     """
     encoded: dict[str, list[EncodedConversation]] = {}
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
+    truncated: Counter[str] = Counter()
     for domain, rows in conversations.items():
         encoded[domain] = []
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
             try:
-                encoded[domain].append(encoder.encode(row, too_long="truncate" if too_long == "truncate" else "error"))
-            except ConversationTooLongError:
-                if too_long == "error":
-                    raise
-                dropped[domain] = dropped.get(domain, 0) + 1
+                encoded[domain].append(encoder.encode(row))
+            except TemplateError as error:
+                if too_long == "error" or not isinstance(error, ConversationTooLongError):
+                    raise type(error)(f"data.{domain}, conversation {number}: {error}") from error
+                rest = shortened(encoder, row) if too_long == "truncate" else None
+                (dropped if rest is None else truncated)[domain] += 1
+                encoded[domain] += [] if rest is None else [rest]
         if not encoded[domain]:
             raise DataError(
-                f"data.{domain}: all {len(rows)} conversations are longer than max_length. Raise max_length."
+                f"data.{domain}: all {len(rows)} conversations are longer than a specialist reads "
+                f"({min(encoder.max_length.values())} tokens). Raise max_length, or shorten them."
             )
     sizes = {domain: len(rows) for domain, rows in encoded.items()}
-    return EncodedData([row for rows in encoded.values() for row in rows], sizes, dropped)
+    return EncodedData([row for rows in encoded.values() for row in rows], sizes, dropped, truncated)
+
+
+def shortened(encoder: ConversationEncoder, conversation: Messages) -> EncodedConversation | None:
+    """A conversation cut to what every specialist reads; None when not one response token is left."""
+    try:
+        return encoder.encode(conversation, too_long="truncate")
+    except ConversationTooLongError:
+        return None
 
 
 def run_stage1(
@@ -114,13 +133,16 @@ def run_stage1(
     model.requires_grad_(False)
     model.gate.requires_grad_(True)
     groups = [{"params": list(model.gate.parameters())}]
-    if not settings.cache_states:
+    arguments = _arguments(settings, folder, seed)
+    if not settings.cache_states or settings.steps == 0:
         dataset: Dataset = ConversationDataset(data.conversations, data.domain_sizes)
-        return _train(model, dataset, encoder.collate, data, settings, groups, folder, seed, "stage 1")
-    cost = cache_states(model, encoder, data.conversations, folder / "states", on_progress)
+        return _train(model, dataset, encoder.collate, data, settings, groups, arguments, "stage 1")
+    with arguments.main_process_first(local=False):  # the others find what it wrote
+        bank = model.to(arguments.device)
+        cost = cache_states(bank, encoder, data.conversations, folder / "states", on_progress)
     dataset = StateDataset(folder / "states", data.conversations)
-    result = _train(model, dataset, collate_states, data, settings, groups, folder, seed, "stage 1")
-    return StageResult(result.losses, result.seconds, cost)
+    result = _train(model, dataset, collate_states, data, settings, groups, arguments, "stage 1")
+    return replace(result, cache=cost)
 
 
 def run_stage2(
@@ -137,10 +159,13 @@ def run_stage2(
     trained = [p for p in model.bank.parameters() if p.requires_grad]
     model.gate.requires_grad_(True)
     gate_rate = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
-    groups = [{"params": trained}, {"params": list(model.gate.parameters()), "lr": gate_rate}]
-    result = _train_specialists(model, encoder, data, settings, groups, folder, seed, "stage 2",
-                                settings.gradient_checkpointing)  # fmt: skip
-    return result
+    groups: list[dict[str, Any]] = [
+        {"params": trained},
+        {"params": list(model.gate.parameters()), "lr": gate_rate},
+    ]
+    return _train_specialists(
+        model, encoder, data, settings, groups, folder, seed, "stage 2", settings.gradient_checkpointing
+    )
 
 
 def run_specialize(
@@ -153,21 +178,35 @@ def run_specialize(
     seed: int,
     gradient_checkpointing: bool = False,
 ) -> StageResult:
-    """Fine-tune the one specialist of a fused model with N = 1; its gate has no say and is left alone."""
+    """Fine-tune the one specialist of a fused model with N = 1; its gate has no say and is left alone.
+
+    Args:
+        model: trained in place; with an adapter bank for mode "lora", a whole one for "full".
+        encoder: that encoded the data.
+        data: conversations of every domain.
+        settings: of the stage.
+        mode: "full" or "lora".
+        folder: for checkpoints; a training that stopped there goes on.
+        seed: of the order of examples.
+        gradient_checkpointing: recompute activations.
+    """
     model.requires_grad_(False)
     prepare_specialists(model, mode, None, seed)
     groups = [{"params": [p for p in model.bank.parameters() if p.requires_grad]}]
-    return _train_specialists(model, encoder, data, settings, groups, folder, seed, "specialize",
-                              gradient_checkpointing)  # fmt: skip
+    return _train_specialists(
+        model, encoder, data, settings, groups, folder, seed, "specialize", gradient_checkpointing
+    )
 
 
-def prepare_specialists(model: UltraFuserForCausalLM, mode: str, lora: LoraSettings | None, seed: int) -> None:
+def prepare_specialists(
+    model: UltraFuserForCausalLM, mode: str, lora: LoraSettings | None, seed: int
+) -> None:
     """Make the specialists' weights trainable, in float32: steps of 2e-5 vanish in bfloat16.
 
     Args:
         model: changed in place.
-        mode: "full" (every weight of whole specialists) or "lora" (an adapter bank's adapters; whole specialists get
-            new ones).
+        mode: "full" (every weight of whole specialists) or "lora" (an adapter bank's adapters; whole
+            specialists get new ones).
         lora: settings of new adapters.
         seed: of new adapters.
 
@@ -178,16 +217,21 @@ def prepare_specialists(model: UltraFuserForCausalLM, mode: str, lora: LoraSetti
     if mode == "full":
         if not isinstance(bank, WholeSpecialists):
             raise RecipeError(
-                "train: full needs whole specialists, but these are adapters over one base, which they share. "
-                "Use train: lora, or bank: whole."
+                "train: full needs whole specialists, but these are adapters over one base, which they "
+                "share. Use train: lora, or bank: whole."
             )
         bank.float().requires_grad_(True)
         return
     if isinstance(bank, WholeSpecialists):
         assert lora is not None
         bank.adopt_adapters(lora.rank, lora.alpha, lora.target_modules, seed)
-    assert hasattr(bank, "lora_parameters")
-    for parameter in bank.lora_parameters():
+    assert isinstance(bank, WholeSpecialists | AdapterSpecialists)
+    parameters = list(bank.lora_parameters())
+    if not parameters:
+        raise RecipeError(
+            "train: lora has nothing to train: no specialist of this bank has an adapter. Use bank: whole."
+        )
+    for parameter in parameters:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
@@ -226,10 +270,11 @@ def _train_specialists(
     gradient_checkpointing: bool,
 ) -> StageResult:
     dataset = ConversationDataset(data.conversations, data.domain_sizes)
+    arguments = _arguments(settings, folder, seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        return _train(model, dataset, encoder.collate, data, settings, groups, folder, seed, title)
+        return _train(model, dataset, encoder.collate, data, settings, groups, arguments, title)
     finally:
         if gradient_checkpointing:
             model.gradient_checkpointing_disable()
@@ -242,42 +287,46 @@ def _train(
     data: EncodedData,
     settings: StageSettings,
     groups: list[dict[str, Any]],
-    folder: Path,
-    seed: int,
+    arguments: TrainingArguments,
     title: str,
 ) -> StageResult:
     if settings.steps == 0:
         return StageResult([], 0.0)
-    arguments = _arguments(settings, folder, seed)
-    per_pass = settings.examples_per_pass
-    share, rest = divmod(settings.examples_per_domain, arguments.world_size)
-    if rest or (per_pass is not None and share % per_pass):
-        raise RecipeError(
-            f"examples_per_domain ({settings.examples_per_domain}) must be a multiple of processes "
-            f"({arguments.world_size}) times examples_per_pass ({per_pass})."
-        )
-    accumulation = 1 if per_pass is None else share // per_pass
+    accumulation = _accumulation(settings, arguments.world_size)
     arguments.gradient_accumulation_steps = accumulation
     batches = BalancedBatchSampler(
         data.domain_sizes,
         examples_per_domain=settings.examples_per_domain,
         num_batches=settings.steps,
-        seed=seed,
+        seed=arguments.seed,
         balanced=settings.balanced,
     )
     lengths = [max(len(ids) for ids in c.input_ids) for c in data.conversations]
     sampler = MicroBatchSampler(batches, accumulation * arguments.world_size, lengths)
     trainer = FusionTrainer(model, arguments, dataset, sampler, collator, groups, title)
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(Path(arguments.output_dir))
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return StageResult(losses, output.metrics["train_runtime"])
 
 
+def _accumulation(settings: StageSettings, num_processes: int) -> int:
+    """Micro-batches that one process runs for one step."""
+    per_pass = settings.examples_per_pass
+    share, rest = divmod(settings.examples_per_domain, num_processes)
+    if rest or (per_pass is not None and share % per_pass):
+        raise RecipeError(
+            f"examples_per_domain ({settings.examples_per_domain}) must be a multiple of the processes "
+            f"({num_processes}){'' if per_pass is None else f' times examples_per_pass ({per_pass})'}. "
+            "Change one of them."
+        )
+    return 1 if per_pass is None else share // per_pass
+
+
 def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArguments:
     save_every = settings.save_every if settings.save_every is not None else max(1, settings.steps // 10)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -298,4 +347,8 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
         average_tokens_across_devices=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
+        ddp_timeout=_DAY_S,  # the others wait while one process runs the specialists for the cached states
     )
+    # Also where a machine has several GPUs, one process drives one: torchrun starts more.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -1,6 +1,6 @@
 """Everything a training needs to go on as if it had never stopped, in safetensors and JSON.
 
-Hugging Face's Trainer keeps optimiser, scheduler and random states as pickles; nothing here is ever unpickled.
+Hugging Face's Trainer keeps optimiser, scheduler and random states as pickles; here nothing is unpickled.
 """
 
 import json
@@ -26,11 +26,14 @@ def save_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Pat
         folder: of the checkpoint.
     """
     content = optimizer.state_dict()
-    tensors, plain = {}, {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
     for index, state in content["state"].items():
         for key, value in state.items():
-            target = tensors if isinstance(value, Tensor) else plain
-            target[f"{index}/{key}"] = value.contiguous() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{key}"] = value.contiguous()
+            else:
+                plain[f"{index}/{key}"] = value
     schedule = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
     save_file(tensors, folder / TENSORS)
     settings = {"state": plain, "param_groups": content["param_groups"], "schedule": schedule}
@@ -51,7 +54,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Pat
 def save_random_state(folder: Path, process: int) -> None:
     """Write the random states of Python, numpy and torch of one process."""
     version, python_state, gauss = random.getstate()
-    _, numpy_state, position, has_gauss, numpy_gauss = np.random.get_state()  # noqa: NPY002 (the global state)
+    _, numpy_state, position, has_gauss, numpy_gauss = np.random.get_state()
     tensors = {
         "python": torch.tensor(python_state, dtype=torch.int64),
         "numpy": torch.from_numpy(np.asarray(numpy_state, dtype=np.int64)),
@@ -72,7 +75,7 @@ def load_random_state(folder: Path, process: int) -> None:
     tensors = load_file(path)
     plain = json.loads((folder / f"random_{process}.json").read_text())
     random.setstate((plain["version"], tuple(tensors["python"].tolist()), plain["gauss"]))
-    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *plain["numpy"]))  # noqa: NPY002
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *plain["numpy"]))
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ultrafuser.errors import CheckpointError
+from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.training.data import MicroBatchSampler
 from ultrafuser.training.state import load_optimizer, load_random_state, save_optimizer, save_random_state
 
@@ -25,7 +34,7 @@ class FusionTrainer(Trainer):
     """Trains whatever parameters of a fused model require gradients.
 
     Args:
-        model: an `UltraFuserForCausalLM`.
+        model: trained in place.
         args: Hugging Face's settings.
         dataset: rows.
         sampler: which rows make up the micro-batches, for the whole run.
@@ -34,9 +43,11 @@ class FusionTrainer(Trainer):
         title: shown beside the progress bar.
     """
 
+    optimizer: Any  # None before `create_optimizer`
+
     def __init__(
         self,
-        model: nn.Module,
+        model: UltraFuserForCausalLM,
         args: TrainingArguments,
         dataset: Dataset,
         sampler: MicroBatchSampler,
@@ -46,15 +57,23 @@ class FusionTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
         self.remove_callback(PrinterCallback)
+        self.add_callback(LogWithCheckpoints())
         self.add_callback(ProgressBar(title))
         self._sampler = sampler
         self._groups = groups
+        self._bank_is_frozen = not any(p.requires_grad for p in model.bank.parameters())
         self._loss_shifts_labels = False  # labels stand already where they are predicted
 
     def get_train_dataloader(self) -> DataLoader:
         """The whole run as one pass: the sampler knows how many batches there are."""
         loader = DataLoader(self.train_dataset, batch_sampler=self._sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer`; frozen specialists run as they do in use, without dropout."""
+        if self._bank_is_frozen:
+            self.accelerator.unwrap_model(model).bank.eval()
+        return super().compute_loss(model, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the given groups."""
@@ -103,13 +122,21 @@ class FusionTrainer(Trainer):
             load_random_state(Path(checkpoint), self.args.process_index)
 
 
+class LogWithCheckpoints(TrainerCallback):
+    """Logs at every checkpoint, so that a run that goes on from there logs what an unbroken one does."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log where a checkpoint is due."""
+        control.should_log |= control.should_save
+
+
 class ProgressBar(TrainerCallback):
-    """A rich bar with the latest loss; one line per log step where there is no terminal."""
+    """A bar with the latest loss on standard error; a line per log step where that is no terminal."""
 
     def __init__(self, title: str) -> None:
         self._title = title
+        self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._loss = ""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -121,6 +148,8 @@ class ProgressBar(TrainerCallback):
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[loss]}"),
+                console=self._console,
+                disable=not self._console.is_terminal,
             )
             self._bar.start()
             self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, loss="")
@@ -130,15 +159,21 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None,
-               **kwargs: Any) -> None:  # fmt: skip
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Show the loss."""
         if self._bar is None or logs is None or "loss" not in logs:
             return
         loss = float(logs["loss"])
         self._bar.update(self._bar.task_ids[0], loss=f"loss {loss:.3f}")
-        if not self._bar.console.is_terminal:
-            self._bar.console.print(f"{self._title}: step {state.global_step}/{state.max_steps}, loss {loss:.4f}")
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: step {state.global_step}/{state.max_steps}, loss {loss:.4f}")
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
@@ -154,8 +189,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("checkpoint-*"):
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
         except (OSError, json.JSONDecodeError):
             continue
-        found.append((int(path.name.removeprefix("checkpoint-")), path))
     return max(found)[1] if found else None
