@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ultrafuser.fusion import Gate
 from ultrafuser.fusion.gate import GateForm
+from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse
 from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank
@@ -101,6 +102,8 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def save_adapter(folder: Path, base: PreTrainedModel, *, seed: int = 0, **lora: Any) -> str:
     """Write a LoRA adapter folder with PEFT itself; B is not zero, so the adapter changes the logits."""
+    from peft import LoraConfig, get_peft_model  # slow to import, and few tests need it
+
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **lora}
     model = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
@@ -152,36 +155,56 @@ def favour(model: UltraFuserForCausalLM, index: int) -> None:
                 network[2].bias.copy_(200.0 * torch.eye(model.num_specialists)[index])
 
 
+TOY_ALPHABETS = {"letters": "abcd ", "digits": "0123,"}
+
+
 @dataclass(frozen=True)
 class Toys:
     """Two whole specialists, each good at one of two toy domains, a base with two adapters, and the data.
 
     Attributes:
-        folder: `letters` and `digits` (models), `base`, `base-letters` and `base-digits` (adapters on it), and
-            `<domain>.train.jsonl`, `<domain>.heldout.jsonl`.
+        folder: `letters` and `digits` (models), `base`, `base-letters` and `base-digits` (adapters on it),
+            and `<domain>.train.jsonl`, `<domain>.heldout.jsonl`.
     """
 
     folder: Path
 
+    def sources(self, bank: str = "whole") -> dict[str, dict[str, str]]:
+        """The specialists of a recipe."""
+        if bank == "whole":
+            return {name: {"model": str(self.folder / name)} for name in TOY_ALPHABETS}
+        base = str(self.folder / "base")
+        return {n: {"model": base, "adapter": str(self.folder / f"base-{n}")} for n in TOY_ALPHABETS}
+
+    def files(self, part: str = "train") -> dict[str, str]:
+        """Domain -> file."""
+        return {name: str(self.folder / f"{name}.{part}.jsonl") for name in TOY_ALPHABETS}
+
     def recipe(self, bank: str = "whole", **settings: Any) -> dict[str, Any]:
         """A fusion recipe of a few quick steps in float32; `settings` replace whole sections."""
-        whole = {name: {"model": str(self.folder / name)} for name in TOY_ALPHABETS}
-        base = str(self.folder / "base")
-        folded = {n: {"model": base, "adapter": str(self.folder / f"base-{n}")} for n in TOY_ALPHABETS}
-        stage = {"examples_per_domain": 4, "learning_rate": 1e-2, "log_every": 1}
+        stage = {"examples_per_domain": 4, "log_every": 1}
+        mode = "full" if bank == "whole" else "lora"
         return {
-            "specialists": whole if bank == "whole" else folded,
-            "data": {name: str(self.folder / f"{name}.train.jsonl") for name in TOY_ALPHABETS},
-            "heldout": {name: str(self.folder / f"{name}.heldout.jsonl") for name in TOY_ALPHABETS},
+            "specialists": self.sources(bank),
+            "data": self.files(),
+            "heldout": self.files("heldout"),
             "gate": {"size": 16},
             "dtype": "float32",
-            "stage1": {"steps": 6, **stage},
-            "stage2": {"steps": 4, **stage, "learning_rate": 1e-3, "train": "full" if bank == "whole" else "lora"},
+            "stage1": {"steps": 6, "learning_rate": 1e-2, **stage},
+            "stage2": {"steps": 4, "learning_rate": 1e-3, "train": mode, **stage},
             **settings,
         }
 
+    def fused(self, bank: str = "whole", **options: Any) -> FusedModel:
+        """The specialists under a fresh gate, in float32."""
+        sources = {name: SpecialistSource(**source) for name, source in self.sources(bank).items()}
+        torch.manual_seed(0)  # the gate's start
+        return fuse(sources, gate_size=16, dtype=torch.float32, **options)
 
-TOY_ALPHABETS = {"letters": "abcd ", "digits": "0123,"}
+    def write_recipe(self, path: Path, bank: str = "whole", **settings: Any) -> str:
+        """Write `recipe` as YAML."""
+        path.write_text(yaml.safe_dump(self.recipe(bank, **settings), sort_keys=False))
+        return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -191,26 +214,29 @@ def toys(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     save_model(folder / "base", base, tokenizer)
     for seed, (name, alphabet) in enumerate(TOY_ALPHABETS.items(), start=1):
         choice = random.Random(seed)
-        rows = [
-            {"prompt": f"{name}?", "completion": "".join(choice.choices(alphabet, k=choice.randint(4, 24)))}
-            for _ in range(16)
-        ]
+        answers = ["".join(choice.choices(alphabet, k=choice.randint(4, 16))) for _ in range(16)]
+        rows = [{"messages": _exchange(f"{name} {number}?", answer)} for number, answer in enumerate(answers)]
         for part, chosen in (("train", rows[:12]), ("heldout", rows[12:])):
             text = "".join(json.dumps(row) + "\n" for row in chosen)
             (folder / f"{name}.{part}.jsonl").write_text(text)
         model = tiny_model("llama", seed=seed)
-        _learn(model, tokenizer, [row["completion"] for row in rows[:12]])
+        _learn(model, tokenizer, [row["messages"] for row in rows[:12]])
         save_model(folder / name, model, tokenizer)
         save_adapter(folder / f"base-{name}", base, seed=seed)
     return Toys(folder)
 
 
-def _learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
-    """Fit a model to a handful of texts."""
-    batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
+def _exchange(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, conversations: list[Any]) -> None:
+    """Fit a model to a handful of conversations."""
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(25):
+        model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

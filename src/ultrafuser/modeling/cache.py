@@ -39,13 +39,9 @@ class FusedCache(Cache):
             position of every new token, int64, (B, N, T), counting tokens only.
         """
         new_length = new_mask_BNT.shape[-1]
-        if self._mask_BNT is None:
-            self._mask_BNT = new_mask_BNT
-            self._padded = not bool(new_mask_BNT.all())
-        else:
-            if not self._padded and new_length > 1:
-                self._padded = not bool(new_mask_BNT.all())
-            self._mask_BNT = torch.cat([self._mask_BNT, new_mask_BNT], dim=-1)
+        self._padded = self._padded or not bool(new_mask_BNT.all())
+        past = [] if self._mask_BNT is None else [self._mask_BNT]
+        self._mask_BNT = torch.cat([*past, new_mask_BNT], dim=-1)
         self._length += new_length
         if not self._padded:
             positions = torch.arange(self._length - new_length, self._length, device=new_mask_BNT.device)
@@ -98,13 +94,13 @@ class FusedCache(Cache):
         """Take back the last positions, as `DynamicCache.crop` does: a negative number is how many to remove.
 
         Raises:
-            UltrafuserError: a positive number (a target length) larger than what has been read.
+            UltrafuserError: more to remove, or a positive number (a length to keep) above, what has been read.
         """
         keep = tokens_to_remove if tokens_to_remove > 0 else self._length + tokens_to_remove
-        if keep > self._length:
+        if not 0 <= keep <= self._length:
             raise UltrafuserError(f"cache: cannot crop to {keep} positions, only {self._length} were read.")
         for part in self.parts:
-            part.crop(tokens_to_remove)
+            part.crop(keep - self._length)
         if self._mask_BNT is not None:
             self._mask_BNT = self._mask_BNT[..., :keep]
         self._length = keep

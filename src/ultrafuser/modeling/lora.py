@@ -182,6 +182,7 @@ class FoldedLinear(nn.Module):
         base = F.linear(x, self.weight, self.bias)
         rows = x.reshape(self.num_specialists, -1, x.shape[-1]).to(base.dtype)  # autocast: base is not in x's dtype
         if torch.is_grad_enabled():
+            self._assembled = None  # an optimiser's step may follow, and a fused one leaves no trace on its tensors
             update = self._trained_update(rows)
             return base + update.view_as(base)
         down, up = self._assemble(base.dtype)
@@ -223,6 +224,11 @@ class FoldedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "FoldedLinear":
         self._assembled = None
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> "FoldedLinear":
+        """Switch between training and evaluation; parts are assembled anew."""
+        self._assembled = None
+        return super().train(mode)
 
     def base_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The base's own tensors under their original names."""

@@ -157,7 +157,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # broken files fail in many ways, down to bare exceptions of the Rust library
         raise UltrafuserError(f"the tokenizer of {source!r} cannot be opened: {_first_line(error)}") from error
 
 

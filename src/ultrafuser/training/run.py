@@ -37,6 +37,7 @@ from ultrafuser.training.stages import (
     StageResult,
     encode_data,
     fresh_adapter,
+    hold_in,
     run_specialize,
     run_stage1,
     run_stage2,
@@ -283,7 +284,7 @@ def finish_specialists(model: UltraFuserForCausalLM, dtype: torch.dtype) -> None
     if isinstance(model.bank, WholeSpecialists):
         model.bank.merge_adopted()
     model.requires_grad_(False)
-    model.bank.to(dtype)
+    hold_in(model.bank.parameters(), dtype)
     model.config = without_sources(model.config)
     model.eval()
 
@@ -321,10 +322,9 @@ def _finish_single(recipe: SpecializeRecipe, fused: FusedModel) -> None:
     """Bring the weights into the types they are written in, so that what is measured is what is kept."""
     bank = fused.model.requires_grad_(False).bank
     if recipe.train == "full":
-        bank.to(getattr(torch, recipe.dtype))
-        return
-    for parameter in bank.lora_parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        hold_in(bank.parameters(), getattr(torch, recipe.dtype))
+    else:
+        hold_in(bank.lora_parameters(), torch.bfloat16)
 
 
 def _write_specialist(recipe: SpecializeRecipe, fused: FusedModel, folder: Path) -> None:

@@ -5,7 +5,7 @@ is always one, so the same trainer, batches and loss fine-tune it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -220,7 +220,8 @@ def prepare_specialists(
                 "train: full needs whole specialists, but these are adapters over one base, which they "
                 "share. Use train: lora, or bank: whole."
             )
-        bank.float().requires_grad_(True)
+        hold_in(bank.parameters(), torch.float32)
+        bank.requires_grad_(True)
         return
     if isinstance(bank, WholeSpecialists):
         assert lora is not None
@@ -231,9 +232,15 @@ def prepare_specialists(
         raise RecipeError(
             "train: lora has nothing to train: no specialist of this bank has an adapter. Use bank: whole."
         )
+    hold_in(parameters, torch.float32)
     for parameter in parameters:
-        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+
+
+def hold_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Change the type of parameters. Buffers stay as they are: rotary frequencies do not bear bfloat16."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
 
 def fresh_adapter(base: nn.Module, lora: LoraSettings, base_name: str, seed: int) -> Adapter:

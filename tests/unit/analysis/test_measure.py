@@ -20,7 +20,11 @@ def ask(question: str, answer: str) -> list[dict[str, str]]:
 
 
 CONVERSATIONS = {
-    "text": [ask("Hello?", "Hi."), ask("Name a colour, please.", "Blue 🫐 is one of them."), ask("And?", "No")],
+    "text": [
+        ask("Hello?", "Hi."),
+        ask("Name a colour, please.", "Blue 🫐 is one of them."),
+        ask("And?", "No"),
+    ],
     "code": [
         ask("Write a loop.", "for x in y:\n    pass") + ask("Shorter!", "[...]"),
         ask("Sum?", "def f(a, b):\n    return a + b"),
@@ -44,13 +48,20 @@ def plain_losses(model, encoder, messages):
     """Loss of every label under every row, and the gate weights, by the formulas of the paper."""
     encoded = encoder.encode(messages)
     logits, states = [], []
-    for one, ids, positions in zip(model.bank.models, encoded.input_ids, encoded.response_positions, strict=True):
+    for one, ids, positions in zip(
+        model.bank.models, encoded.input_ids, encoded.response_positions, strict=True
+    ):
         output = one(input_ids=torch.tensor([ids]), output_hidden_states=True)
         logits.append(output.logits[0, positions])
         states.append(output.hidden_states[-1][0, positions])
     weights = model.gate(states)
     stacked = torch.stack(logits)
-    rows = {"a": logits[0], "b": logits[1], "uniform": stacked.mean(0), "fused": fuse_logits(stacked, weights)}
+    rows = {
+        "a": logits[0],
+        "b": logits[1],
+        "uniform": stacked.mean(0),
+        "fused": fuse_logits(stacked, weights),
+    }
     labels = torch.tensor(encoded.labels)
     losses = {row: F.cross_entropy(values, labels, reduction="none").numpy() for row, values in rows.items()}
     return weights.numpy(), losses
@@ -127,7 +138,11 @@ def test_keeps_no_more_than_is_asked_for(model, encoder, monkeypatch):
 def test_reports_progress_up_to_all_tokens(model, encoder):
     calls = []
     measured = measure(
-        model, encoder, CONVERSATIONS, batch_tokens=1, progress=lambda done, total: calls.append((done, total))
+        model,
+        encoder,
+        CONVERSATIONS,
+        batch_tokens=1,
+        progress=lambda done, total: calls.append((done, total)),
     )
     total = sum(measured.num_tokens.values())
     assert len(calls) == 5

@@ -90,7 +90,9 @@ def test_weights_are_those_of_the_gate(model, prompt):
     steps = list(stream_tokens(model, prompt, max_new_tokens=5))
     ids, read = prompt["specialist_input_ids"], torch.tensor([[s.token_id for s in steps[:-1]]])
     together = torch.cat([ids, read[:, None].expand(-1, 2, -1)], dim=-1)
-    mask = torch.cat([prompt["specialist_attention_mask"], torch.ones_like(read)[:, None].expand(-1, 2, -1)], -1)
+    mask = torch.cat(
+        [prompt["specialist_attention_mask"], torch.ones_like(read)[:, None].expand(-1, 2, -1)], -1
+    )
     positions = torch.arange(ids.shape[-1] - 1, together.shape[-1]).expand(1, 2, -1)
     with torch.no_grad():
         expected = model.gate(model.hidden_states(together, mask, positions))[0]
@@ -137,7 +139,7 @@ def test_refuses_more_than_one_prompt(model, encoder):
         stream_tokens(model, encoder.batch_prompts([QUESTION, QUESTION]), max_new_tokens=1)
 
 
-# --- text -------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def test_holds_back_a_character_until_it_is_whole(tokenizer):

@@ -25,7 +25,9 @@ def fused(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     model = AutoModelForCausalLM.from_pretrained(base)
     sources = {
-        "a": SpecialistSource(model=base, adapter=save_adapter(folder / "a", model, seed=1), template="alpaca"),
+        "a": SpecialistSource(
+            model=base, adapter=save_adapter(folder / "a", model, seed=1), template="alpaca"
+        ),
         "b": SpecialistSource(model=base, adapter=save_adapter(folder / "b", model, seed=2)),
         "bare": SpecialistSource(model=base),
     }
@@ -59,7 +61,9 @@ def test_forms_turn_into_each_other_and_back(fused, tmp_path):
     assert torch.equal(logits_of(open_fused(tmp_path / "again").model), logits_of(fused.model))
     export(open_fused(tmp_path / "all"), tmp_path / "whole", "whole")
     export(open_fused(tmp_path / "whole"), tmp_path / "whole-gate", "gate-only")
-    assert torch.allclose(logits_of(open_fused(tmp_path / "whole-gate").model), logits_of(fused.model), **EXACT)
+    assert torch.allclose(
+        logits_of(open_fused(tmp_path / "whole-gate").model), logits_of(fused.model), **EXACT
+    )
     assert size_of(tmp_path / "gate") < size_of(tmp_path / "all") < size_of(tmp_path / "whole")
 
 

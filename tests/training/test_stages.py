@@ -1,0 +1,160 @@
+"""What the stages promise: what is trained, what is left alone, that it helps, and what is written."""
+
+import pytest
+import torch
+from conftest import save_model, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ultrafuser.analysis.measure import measure
+from ultrafuser.errors import DataError, RecipeError, TemplateError, UltrafuserError
+from ultrafuser.modeling.checkpoint import SpecialistSource, fuse, open_fused
+from ultrafuser.training.data import load_domain_conversations
+from ultrafuser.training.recipe import FusionRecipe, Stage1, Stage2
+from ultrafuser.training.run import encoder_for, train
+from ultrafuser.training.stages import encode_data, run_stage1, run_stage2
+
+
+def conversations(toys, part="train"):
+    return load_domain_conversations({domain: [file] for domain, file in toys.files(part).items()})
+
+
+def stage1(fused, toys, folder, **settings):
+    encoder = encoder_for(fused)
+    data = encode_data(encoder, conversations(toys), "error")
+    chosen = {"steps": 4, "examples_per_domain": 4, "learning_rate": 1e-2, "log_every": 1, **settings}
+    return run_stage1(fused.model, encoder, data, Stage1(**chosen), folder, seed=0)
+
+
+def copied(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stage1_favours_the_specialist_that_knows_the_domain(toys, tmp_path):
+    fused = toys.fused()
+    bank = copied(fused.model.bank.state_tensors())
+    result = stage1(fused, toys, tmp_path, steps=25, examples_per_domain=6)
+    assert same(bank, fused.model.bank.state_tensors())
+    assert [step for step, _ in result.losses] == list(range(1, 26))
+    assert result.losses[-1][1] < 0.6 * result.losses[0][1]
+    found = measure(fused.model, encoder_for(fused), conversations(toys, "heldout"))
+    for domain in ("letters", "digits"):
+        assert found.weights[domain][domain] > 0.75
+        assert found.losses["fused"][domain] < found.losses["uniform"][domain] - 0.3
+
+
+def with_dropout(toys, tmp_path, tokenizer):
+    sources = {"letters": SpecialistSource(model=str(toys.folder / "letters"))}
+    model = save_model(tmp_path / "gpt2", tiny_model("gpt2", n_embd=32), tokenizer)
+    sources["gpt2"] = SpecialistSource(model=model)  # drops 0.1 of everything when it is trained
+    return fuse(sources, gate_size=16)
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapters", "dropout"])
+def test_cached_states_change_nothing(toys, tmp_path, tokenizer, kind):
+    results, gates = [], []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        fused = with_dropout(toys, tmp_path, tokenizer) if kind == "dropout" else toys.fused(kind)
+        bank = copied(fused.model.bank.state_tensors())
+        results.append(stage1(fused, toys, tmp_path / str(cached), cache_states=cached))
+        assert same(bank, fused.model.bank.state_tensors())
+        gates.append(torch.cat([p.flatten() for p in fused.model.gate.parameters()]))
+    assert dict(results[1].losses) == pytest.approx(dict(results[0].losses), abs=1e-6)
+    torch.testing.assert_close(gates[0], gates[1], rtol=0, atol=1e-5)
+    assert results[0].cache is None
+    assert results[1].cache.num_bytes > 0
+
+
+def test_no_steps_leave_the_uniform_average(toys, tmp_path):
+    fused = toys.fused()
+    result = stage1(fused, toys, tmp_path, steps=0, cache_states=True)
+    assert result.losses == []
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("bank", "mode", "dtype"),
+    [
+        ("whole", "full", "float32"),
+        ("whole", "lora", "float32"),
+        ("adapters", "lora", "float32"),
+        ("whole", "full", "bfloat16"),
+        ("adapters", "lora", "bfloat16"),
+    ],
+)
+def test_stage2_trains_everything_and_is_saved_whole(toys, tmp_path, bank, mode, dtype):
+    stage = {"examples_per_domain": 12, "log_every": 1}  # every row in every step: losses can be compared
+    lora = {"rank": 2, "alpha": 4}
+    settings = toys.recipe(
+        bank,
+        dtype=dtype,
+        stage1={"steps": 2, "learning_rate": 1e-2, **stage},
+        stage2={"steps": 5, "learning_rate": 3e-3, "train": mode, "lora": lora, **stage},
+    )
+    trained = train(FusionRecipe.model_validate(settings), tmp_path / "run")
+    losses = [loss for _, loss in trained.stages["stage2"].losses]
+    assert losses[-1] < losses[0] - 0.1
+
+    checkpoint = load_file(tmp_path / "run/checkpoints/stage2/checkpoint-5/trained.safetensors")
+    assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}
+    assert any("gate" in name for name in checkpoint)
+    assert any("bank" in name for name in checkpoint)
+
+    with safe_open(tmp_path / "run/model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        assert str(file.get_tensor(names[-1]).dtype) == f"torch.{dtype}"
+    assert any("lora" in name for name in names) == (bank == "adapters")  # new adapters have been merged
+    batch = trained.encoder.collate(trained.data.conversations[:3])
+    del batch["labels"]
+    with torch.no_grad():
+        logits = [m(**batch).logits for m in (trained.fused.model, open_fused(tmp_path / "run").model)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    with pytest.raises(UltrafuserError, match="no source"):
+        trained.fused.model.save_pretrained(tmp_path / "gate", gate_only=True)
+
+
+def test_stage2_refuses_full_training_of_adapters(toys, tmp_path):
+    fused = toys.fused("adapters")
+    encoder = encoder_for(fused)
+    data = encode_data(encoder, conversations(toys), "error")
+    with pytest.raises(RecipeError, match="train: full needs whole specialists"):
+        run_stage2(fused.model, encoder, data, Stage2(steps=1), tmp_path, seed=0)
+
+
+def test_examples_have_to_fit_the_passes(toys, tmp_path):
+    fused = toys.fused()
+    encoder = encoder_for(fused)
+    data = encode_data(encoder, conversations(toys), "error")
+    settings = Stage1.model_construct(steps=1, examples_per_domain=4, examples_per_pass=3)  # no recipe allows it
+    with pytest.raises(RecipeError, match=r"examples_per_domain \(4\) must be a multiple of"):
+        run_stage1(fused.model, encoder, data, settings, tmp_path, seed=0)
+
+
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_too_long_conversations_are_cut_dropped_or_refused(toys):
+    encoder = encoder_for(toys.fused(), max_length=48)
+    rows = {
+        "letters": [exchange("?", "abc"), exchange("?", "abc " * 40), exchange("? " * 40, "abc")],
+        "digits": [exchange("?", "012")],
+    }
+    cut = encode_data(encoder, rows, "truncate")
+    assert dict(cut.domain_sizes) == {"letters": 2, "digits": 1}
+    assert dict(cut.truncated) == {"letters": 1}
+    assert dict(cut.dropped) == {"letters": 1}
+    assert max(len(ids) for row in cut.conversations for ids in row.input_ids) == 48
+    dropped = encode_data(encoder, rows, "drop")
+    assert dict(dropped.domain_sizes) == {"letters": 1, "digits": 1}
+    assert dict(dropped.dropped) == {"letters": 2}
+    with pytest.raises(TemplateError, match="data.letters, conversation 2: .*reads at most 48"):
+        encode_data(encoder, rows, "error")
+    rows["digits"] = [exchange("? " * 40, "012")]
+    with pytest.raises(DataError, match="data.digits: all 1 conversations are longer"):
+        encode_data(encoder, rows, "truncate")
