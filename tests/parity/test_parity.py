@@ -109,7 +109,7 @@ def test_one_specialist_speculates_with_prompt_lookup(single):
 
 # --- several whole specialists ----------------------------------------------------------------------------------
 
-FAMILY = {"text": ("llama", 1), "code": ("qwen2", 2), "math": ("gpt_neox", 3)}
+FAMILY = {"text": ("llama", 1), "code": ("qwen2", 2), "math": ("gpt2", 3)}  # gpt2: absolute positions
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_examples_have_to_fit_the_passes(toys, tmp_path):
     fused = toys.fused()
     encoder = encoder_for(fused)
     data = encode_data(encoder, conversations(toys), "error")
-    settings = Stage1.model_construct(steps=1, examples_per_domain=4, examples_per_pass=3)  # no recipe allows it
+    settings = Stage1.model_construct(steps=1, examples_per_domain=4, examples_per_pass=3)  # past the checks
     with pytest.raises(RecipeError, match=r"examples_per_domain \(4\) must be a multiple of"):
         run_stage1(fused.model, encoder, data, settings, tmp_path, seed=0)
 
@@ -153,8 +153,8 @@ def test_too_long_conversations_are_cut_dropped_or_refused(toys):
     dropped = encode_data(encoder, rows, "drop")
     assert dict(dropped.domain_sizes) == {"letters": 1, "digits": 1}
     assert dict(dropped.dropped) == {"letters": 2}
-    with pytest.raises(TemplateError, match="data.letters, conversation 2: .*reads at most 48"):
+    with pytest.raises(TemplateError, match=r"data\.letters, conversation 2: .*reads at most 48"):
         encode_data(encoder, rows, "error")
     rows["digits"] = [exchange("? " * 40, "012")]
-    with pytest.raises(DataError, match="data.digits: all 1 conversations are longer"):
+    with pytest.raises(DataError, match=r"data\.digits: all 1 conversations are longer"):
         encode_data(encoder, rows, "truncate")

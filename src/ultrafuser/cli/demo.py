@@ -74,6 +74,7 @@ def demo(
         show(console, measured, "on conversations that nobody was trained on")
         write_results(folder, json_file, {**measured.metrics(), **stage_metrics(trained)}, settings, recipe)
         if output is not None:
-            console.print(f"The fused model is in {output}. Talk to it again: ultrafuser chat {output}")
+            note = f"The fused model is in {output}. Talk to it again: ultrafuser chat {output}"
+            console.print(note, soft_wrap=True)
         if chat:
             Chat(trained.fused).run()

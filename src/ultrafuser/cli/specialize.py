@@ -66,7 +66,8 @@ def specialize(
         f"loss/{row}/{domain}": loss for row, cells in losses.items() for domain, loss in cells.items()
     }
     write_results(output, json_file, {**metrics, **stage_metrics(trained)}, settings, recipe)
-    console.print(f"The specialist is in {output / ('adapter' if settings.train == 'lora' else 'model')}.")
+    finished = output / ("adapter" if settings.train == "lora" else "model")
+    console.print(f"The specialist is in {finished}.", soft_wrap=True)
 
 
 def _table(losses: dict[str, dict[str, float]]) -> Table:

@@ -81,11 +81,11 @@ def train(
         )
     metrics.update(stage_metrics(trained))
     write_results(output, json_file, metrics, settings, recipe)
-    console.print(f"The fused model is in {output}. Talk to it: ultrafuser chat {output}")
+    console.print(f"The fused model is in {output}. Talk to it: ultrafuser chat {output}", soft_wrap=True)
 
 
 class LazyBar:
-    """A progress bar that shows when its work begins, and goes when that is done.
+    """A progress bar from the beginning of some work to its end; a line where there is no terminal.
 
     Args:
         title: what is going on.
@@ -107,6 +107,9 @@ class LazyBar:
         """Move the bar to `done` of `total`."""
         if self._bar is None:
             self._bar = progress_bar()
+            self._bar.disable = not self._bar.console.is_terminal
+            if self._bar.disable:
+                self._bar.console.print(f"{self._title} ...")
             self._bar.add_task(self._title, total=total)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done)

@@ -97,6 +97,7 @@ def train(
     """
     check_folder(folder, recipe, resume)
     conversations = _training_rows(recipe)
+    torch.manual_seed(recipe.seed)  # the gate's start
     fused = fuse(
         {name: entry.source() for name, entry in recipe.specialists.items()},
         bank=recipe.bank,

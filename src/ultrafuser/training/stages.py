@@ -134,6 +134,7 @@ def run_stage1(
     model.gate.requires_grad_(True)
     groups = [{"params": list(model.gate.parameters())}]
     arguments = _arguments(settings, folder, seed)
+    arguments.ddp_find_unused_parameters = False  # the gate is always used
     if not settings.cache_states or settings.steps == 0:
         dataset: Dataset = ConversationDataset(data.conversations, data.domain_sizes)
         return _train(model, dataset, encoder.collate, data, settings, groups, arguments, "stage 1")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import fused_over, randomise_gate, tiny_model
+from transformers import DynamicCache
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.modeling.cache import FusedCache
@@ -133,12 +134,10 @@ def test_a_new_token_that_is_padding_is_not_read():
 
 
 def test_another_kind_of_cache_is_refused(fused):
-    from transformers import DynamicCache
-
     with pytest.raises(UltrafuserError, match="must be a FusedCache .*got DynamicCache"):
         fused(input_ids=NEXT, past_key_values=DynamicCache())
     with pytest.raises(UltrafuserError, match="cache_implementation must be None, got 'static'"):
-        fused.generate(NEXT, cache_implementation="static")
+        fused.generate(NEXT, cache_implementation="static", max_new_tokens=1)
 
 
 def test_the_gate_sees_the_same_states_with_and_without_cache(fused, prompts):

@@ -134,9 +134,9 @@ def test_assembled_parts_follow_every_change(folded, change):
         up.data = up.data * 2
     else:
         layer.to(torch.float64).to(torch.float32)
-    expected = layer(x).detach()  # grad mode assembles nothing
     with torch.no_grad():
         after = layer(x)
+    expected = layer(x).detach()  # grad mode assembles nothing
     assert torch.allclose(after, expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(after, before) == (change == "dtype and back")
 
@@ -263,6 +263,7 @@ def test_layers_to_transform_are_written_as_paths():
         ({"target_modules": ["embed_tokens"]}, "embed_tokens.* fits no linear layer"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # PEFT says itself that some of these are unusual
 def test_adapters_that_are_more_than_low_rank_updates_are_refused(tmp_path, lora, message):
     """Made by PEFT itself."""
     folder = Path(save_adapter(tmp_path, tiny_model(), **lora))
