@@ -60,7 +60,10 @@ def test_links_lead_somewhere():
 
 
 def test_python_runs(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ):
     """Both snippets, one after the other, with tiny models in place of the hub's."""
     resolve = sources.resolve_model

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import randomise_gate, save_adapter, save_model, tiny_model
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -312,6 +313,17 @@ def test_export_makes_what_others_open(model, tmp_path):
     assert (
         succeeds("generate", tmp_path / "whole", *asked).stdout == succeeds("generate", model, *asked).stdout
     )
+
+
+def test_an_adapter_is_written_in_the_type_asked_for(model, tmp_path):
+    options = ("--form", "adapter", "--name", "a")
+    succeeds("export", model, "-o", tmp_path / "stored", *options)
+    succeeds("export", model, "-o", tmp_path / "half", *options, "--dtype", "bfloat16")
+    dtypes = [
+        {tensor.dtype for tensor in load_file(tmp_path / folder / "adapter_model.safetensors").values()}
+        for folder in ("stored", "half")
+    ]
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
 
 
 def test_export_refuses(model, tmp_path):

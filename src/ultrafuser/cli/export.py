@@ -49,12 +49,14 @@ def export(
 
     adapter: one specialist's adapter as a PEFT folder.
     """
+    import torch
+
     from ultrafuser.modeling.export import export as write
     from ultrafuser.modeling.export import require_new_folder
 
     require_new_folder(output)
     fused = open_model(model, dtype, "cpu")
     with status_line(f"Writing {output}"):
-        write(fused, output, form.value, name)
+        write(fused, output, form.value, name, None if dtype is None else getattr(torch, dtype.value))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     Console().print(f"Wrote {form.value} to {output} ({size / 1e6:,.1f} MB).", markup=False, highlight=False)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.files import atomic_write
 from ultrafuser.modeling.checkpoint import (
@@ -31,6 +33,7 @@ def export(
     folder: str | os.PathLike[str],
     form: ExportForm = "self-contained",
     name: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a fused model, or one of its specialists, in another form.
 
@@ -46,6 +49,7 @@ def export(
         folder: where the result has to be; it must not exist, or be empty.
         form: one of `EXPORT_FORMS`.
         name: of the specialist, for the last two forms.
+        dtype: of the tensors of an adapter that is written; as they are when None.
 
     Raises:
         UltrafuserError: the folder is in use, `name` is missing, unknown or not wanted, or this model has no
@@ -62,7 +66,7 @@ def export(
     require_new_folder(folder)
     with atomic_write(folder) as target:
         if form == "adapter":
-            export_adapter(fused.model, str(name), target)
+            export_adapter(fused.model, str(name), target, dtype)
         elif form == "specialist":
             _export_whole_specialist(fused, str(name), target)
         else:

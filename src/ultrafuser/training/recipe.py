@@ -198,8 +198,21 @@ class SpecializeRecipe(_RunSettings):
     end_token: str | None = None
     train: Literal["lora", "full"] = "lora"
     lora: LoraSettings = Field(default_factory=LoraSettings)
+    start_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the weights it went on from in the result; both are averaged "
+        "(WiSE-FT, arXiv 2109.01903)",
+    )
     stage: StageSettings
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> Self:
+        if self.start_share > 0 and self.train == "lora" and self.adapter is None:
+            raise ValueError("start_share needs an adapter to go on from: set adapter, or leave it out")
+        return self
 
 
 R = TypeVar("R", bound=_RunSettings)

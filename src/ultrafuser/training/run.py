@@ -5,7 +5,7 @@ what a killed run needs to go on.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.files import atomic_write
@@ -166,6 +167,7 @@ def specialize(
     if on_start is not None:
         on_start(trained)
     _write_recipe(recipe, folder)
+    start = [parameter.detach().clone() for parameter in _tuned(recipe, fused)] if recipe.start_share else []
     trained.stages["specialize"] = run_specialize(
         fused.model,
         encoder,
@@ -176,7 +178,7 @@ def specialize(
         recipe.seed,
         recipe.gradient_checkpointing,
     )
-    _finish_single(recipe, fused)
+    _finish_single(recipe, fused, start)
     if is_main_process():
         _write_specialist(recipe, fused, folder)
     return trained
@@ -319,13 +321,20 @@ def _open_single(recipe: SpecializeRecipe) -> FusedModel:
     return FusedModel(model.eval(), fused.tokenizer)
 
 
-def _finish_single(recipe: SpecializeRecipe, fused: FusedModel) -> None:
-    """Bring the weights into the types they are written in, so that what is measured is what is kept."""
-    bank = fused.model.requires_grad_(False).bank
-    if recipe.train == "full":
-        hold_in(bank.parameters(), getattr(torch, recipe.dtype))
-    else:
-        hold_in(bank.lora_parameters(), torch.bfloat16)
+def _tuned(recipe: SpecializeRecipe, fused: FusedModel) -> list[nn.Parameter]:
+    bank = fused.model.bank
+    return list(bank.parameters() if recipe.train == "full" else bank.lora_parameters())
+
+
+def _finish_single(recipe: SpecializeRecipe, fused: FusedModel, start: Sequence[Tensor]) -> None:
+    """Average with the start where that is asked for, and bring the weights into the types they are written
+    in, so that what is measured is what is kept.
+    """
+    fused.model.requires_grad_(False)
+    tuned = _tuned(recipe, fused)
+    for parameter, before in zip(tuned, start, strict=False):  # no start, no averaging
+        parameter.lerp_(before.to(parameter.dtype), recipe.start_share)
+    hold_in(tuned, getattr(torch, recipe.dtype) if recipe.train == "full" else torch.bfloat16)
 
 
 def _write_specialist(recipe: SpecializeRecipe, fused: FusedModel, folder: Path) -> None:
