@@ -78,7 +78,12 @@ def tiny_model(
     }
     given = {**({} if architecture == "gpt2" else common), **ARCHITECTURES.get(architecture, {}), **settings}
     config = CONFIG_MAPPING[architecture](
-        vocab_size=vocab_size, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=3, pad_token_id=0, **given
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+        **given,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +109,13 @@ def save_adapter(folder: Path, base: PreTrainedModel, *, seed: int = 0, **lora: 
     """Write a LoRA adapter folder with PEFT itself; B is not zero, so the adapter changes the logits."""
     from peft import LoraConfig, get_peft_model  # slow to import, and few tests need it
 
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **lora}
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+        **lora,
+    }
     model = get_peft_model(copy.deepcopy(base), LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -125,7 +136,9 @@ def randomise_gate(gate: Gate, seed: int = 0) -> Gate:
     return gate
 
 
-def fused_over(bank: SpecialistBank, *, gate_form: GateForm = "shared", trained: bool = True) -> UltraFuserForCausalLM:
+def fused_over(
+    bank: SpecialistBank, *, gate_form: GateForm = "shared", trained: bool = True
+) -> UltraFuserForCausalLM:
     """A fused model over specialists in memory; its gate is random, or as it starts."""
     config = UltraFuserConfig(
         specialists=[

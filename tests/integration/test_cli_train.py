@@ -38,7 +38,7 @@ def refused(*arguments):
 def metrics_in(path):
     document = json.loads(path.read_text())
     assert document["provenance"]["seed"] == 0
-    assert document["provenance"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert {"ultrafuser", "torch", "transformers"} <= document["provenance"].keys()
     return document["metrics"]
 
 
@@ -83,8 +83,11 @@ def test_train_reports_every_stage_and_writes_a_model(toys, tmp_path):
 
 
 def test_stage_1_alone_writes_a_gate_and_can_go_on(toys, tmp_path):
-    recipe = toys.write_recipe(tmp_path / "recipe.yaml", stage1={"steps": 2, "cache_states": True})
+    recipe = toys.write_recipe(
+        tmp_path / "recipe.yaml", stage1={"steps": 2, "cache_states": True}, data_rows=5
+    )
     output = called("train", recipe, "-o", tmp_path / "fused", "--stage", "1")
+    assert "letters: 5 conversations" in output
     assert "stage 2" not in output
     assert "Running the specialists once" in output
     assert open_fused(tmp_path / "fused").model.config.gate_only

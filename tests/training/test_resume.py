@@ -103,6 +103,7 @@ def test_an_output_folder_belongs_to_one_run(runs, toys, tmp_path):
     folder, settings, *_ = runs
     stopped = folder / "after_kill"
     check_folder(stopped, settings, resume=True)
+    assert read_recipe(stopped / "recipe.yaml", FusionRecipe) == settings
     with pytest.raises(RecipeError, match=r"holds this run already\. Give --resume"):
         check_folder(stopped, settings, resume=False)
     other = settings.model_copy(update={"seed": 7})

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from conftest import save_model, tiny_model
+from conftest import randomise_gate, save_model, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ultrafuser.analysis.measure import measure
 from ultrafuser.errors import DataError, RecipeError, TemplateError, UltrafuserError
-from ultrafuser.modeling.checkpoint import SpecialistSource, fuse, open_fused
+from ultrafuser.modeling.checkpoint import SpecialistSource, fuse, open_fused, save_fused
 from ultrafuser.training.data import load_domain_conversations
-from ultrafuser.training.recipe import FusionRecipe, Stage1, Stage2
-from ultrafuser.training.run import encoder_for, train
-from ultrafuser.training.stages import encode_data, run_stage1, run_stage2
+from ultrafuser.training.recipe import FusionRecipe, Stage1
+from ultrafuser.training.run import encoder_for, start_gate, train
+from ultrafuser.training.stages import encode_data, run_stage1
 
 
 def conversations(toys, part="train"):
@@ -118,12 +118,33 @@ def test_stage2_trains_everything_and_is_saved_whole(toys, tmp_path, bank, mode,
         trained.fused.model.save_pretrained(tmp_path / "gate", gate_only=True)
 
 
-def test_stage2_refuses_full_training_of_adapters(toys, tmp_path):
-    fused = toys.fused("adapters")
-    encoder = encoder_for(fused)
-    data = encode_data(encoder, conversations(toys), "error")
-    with pytest.raises(RecipeError, match="train: full needs whole specialists"):
-        run_stage2(fused.model, encoder, data, Stage2(steps=1), tmp_path, seed=0)
+def test_what_stage2_cannot_train_is_refused_before_stage1(toys, tmp_path):
+    base = {"model": str(toys.folder / "base")}
+    for bank, stage2, message, others in (
+        ("adapters", {"train": "full"}, "train: full needs whole specialists", {}),
+        ("whole", {"train": "lora", "lora": {"target_modules": ["query"]}}, "name no linear layer", {}),
+        ("whole", {"train": "lora"}, "nothing to train", {"bank": "adapters", "specialists": {"a": base}}),
+    ):
+        recipe = FusionRecipe.model_validate({**toys.recipe(bank, stage2=stage2), **others})
+        with pytest.raises(UltrafuserError, match=message):
+            train(recipe, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_gate_can_start_from_another_models(toys, tmp_path):
+    first = toys.fused(gate_form="per_specialist")
+    randomise_gate(first.model.gate)
+    save_fused(first, tmp_path / "first", gate_only=True)
+    sources = {"digits": SpecialistSource(model=str(toys.folder / "digits"))}
+    sources["base"] = SpecialistSource(model=str(toys.folder / "base"))
+    second = fuse(sources, gate_size=16, gate_form="per_specialist")
+    start_gate(second.model, str(tmp_path / "first"))
+    kept, fresh = second.model.gate.networks
+    assert same(kept.state_dict(), first.model.gate.networks[1].state_dict())
+    assert not fresh[2].weight.any()
+    for form, size in (("joint", 16), ("per_specialist", 8)):
+        with pytest.raises(RecipeError, match=r"gate\.start: .* has a per_specialist gate of size 16"):
+            start_gate(fuse(sources, gate_size=size, gate_form=form).model, str(tmp_path / "first"))
 
 
 def test_examples_have_to_fit_the_passes(toys, tmp_path):

@@ -38,6 +38,8 @@ def test_average_of_before_and_after(tmp_path: Path, toys: Toys):
 
 def test_needs_something_to_go_on_from(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: base\nstart_share: 0.5\ndata: {a: a.jsonl}\nstage: {steps: 1, examples_per_domain: 1}\n")
+    path.write_text(
+        "model: base\nstart_share: 0.5\ndata: {a: a.jsonl}\nstage: {steps: 1, examples_per_domain: 1}\n"
+    )
     with pytest.raises(RecipeError, match="start_share needs an adapter"):
         read_recipe(path, SpecializeRecipe)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.panel import Panel
 
-from ultrafuser.cli.opening import JsonOption
+from ultrafuser.cli.opening import JsonOption, status_line
 
 RECIPE = "package://ultrafuser/demo/recipe.yaml"
 _WELCOME = (
@@ -43,6 +43,7 @@ def demo(
         HeldOut,
         LazyBar,
         show,
+        show_cache,
         show_data,
         stage_metrics,
         training_console,
@@ -57,8 +58,10 @@ def demo(
     recipe = resolve_file(RECIPE)
     settings = read_recipe(recipe, FusionRecipe)
     heldout = HeldOut(settings)
+    opening = ExitStack()
 
     def start(trained: TrainedModel) -> None:
+        opening.close()
         heldout.check(trained)
         show_data(console, trained)
 
@@ -68,7 +71,9 @@ def demo(
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrafuser-demo-"))
             folder = Path(scratch)
         bar = stack.enter_context(LazyBar("Running the specialists once"))
+        stack.enter_context(opening).enter_context(status_line("Opening the specialists"))
         trained = train(settings, folder, resume=True, on_start=start, on_progress=bar.update)
+        show_cache(console, trained)
         measured = heldout.measure(trained)
         assert measured is not None
         show(console, measured, "on conversations that nobody was trained on")

@@ -1,5 +1,6 @@
 """`ultrafuser specialize`: fine-tune one base into a specialist."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ultrafuser.cli.opening import JsonOption
+from ultrafuser.cli.opening import JsonOption, status_line
 from ultrafuser.cli.train import (
     HeldOut,
     ResumeOption,
@@ -51,13 +52,17 @@ def specialize(
     heldout = HeldOut(settings)
     console = training_console()
     measured: dict[str, Measurement | None] = {}
+    opening = ExitStack()
 
     def start(trained: "TrainedModel") -> None:
+        opening.close()
         heldout.check(trained)
         show_data(console, trained)
         measured["before"] = heldout.measure(trained)
 
-    trained = run(settings, output, resume=resume, on_start=start)
+    with opening:
+        opening.enter_context(status_line("Opening the base"))
+        trained = run(settings, output, resume=resume, on_start=start)
     measured["specialist"] = heldout.measure(trained)
     losses = {row: found.losses[FUSED] for row, found in measured.items() if found is not None}
     if losses:

@@ -1,13 +1,14 @@
 """`ultrafuser train`: stage 1 and stage 2 of a recipe, and what they achieved on held-out data."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from ultrafuser.cli.opening import JsonOption, progress_bar
+from ultrafuser.cli.opening import JsonOption, progress_bar, status_line
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.errors import DataError, TemplateError
 
@@ -57,19 +58,24 @@ def train(
     heldout = HeldOut(settings)
     console = training_console()
     metrics: dict[str, float] = {}
+    opening = ExitStack()
 
     def start(trained: "TrainedModel") -> None:
+        opening.close()
         heldout.check(trained)
         show_data(console, trained)
 
     def report(name: str, trained: "TrainedModel") -> None:
+        if name == "stage1":
+            show_cache(console, trained)
         measured = heldout.measure(trained)
         if measured is not None:
             show(console, measured, name.replace("stage", "stage "))
             metrics.update({f"{name}/{key}": value for key, value in measured.metrics().items()})
             metrics.update(measured.metrics())  # the plain names are those of the last stage
 
-    with LazyBar("Running the specialists once") as bar:
+    with opening, LazyBar("Running the specialists once") as bar:
+        opening.enter_context(status_line("Opening the specialists"))
         trained = run(
             settings,
             output,
@@ -131,7 +137,7 @@ class HeldOut:
         from ultrafuser.training.data import load_domain_conversations
 
         files = settings.heldout_files
-        self._rows = {d: c[: settings.heldout_rows] for d, c in load_domain_conversations(files).items()}
+        self._rows = load_domain_conversations(files, settings.heldout_rows)
         self._refuses_long = settings.too_long == "error"
 
     def check(self, trained: "TrainedModel") -> None:
@@ -201,8 +207,17 @@ def show(console: Console, measured: "Measurement", title: str) -> None:
     console.print(weight_table(measured))
 
 
+def show_cache(console: Console, trained: "TrainedModel") -> None:
+    """Print what cached states cost and saved, where they were used."""
+    for result in trained.stages.values():
+        if result.cache is not None:
+            size = result.cache.num_bytes / 2**20
+            made = f"made in {result.cache.seconds:.0f} s" if result.cache.seconds else "found"
+            console.print(f"Cached states: {size:.1f} MiB, {made}; they saved about {result.saved_s:.0f} s.")
+
+
 def stage_metrics(trained: "TrainedModel") -> Mapping[str, float]:
-    """Time of every stage, and what cached states cost."""
+    """Time of every stage, and what cached states cost and saved."""
     metrics: dict[str, float] = {}
     for name, result in trained.stages.items():
         metrics[f"seconds/{name}"] = result.seconds
@@ -211,6 +226,7 @@ def stage_metrics(trained: "TrainedModel") -> Mapping[str, float]:
         if result.cache is not None:
             metrics[f"cache_s/{name}"] = result.cache.seconds
             metrics[f"cache_bytes/{name}"] = float(result.cache.num_bytes)
+            metrics[f"cache_saved_s/{name}"] = result.saved_s
     return metrics
 
 

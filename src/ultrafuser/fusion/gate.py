@@ -66,7 +66,7 @@ class Gate(nn.Module):
         Returns:
             gate_scores, float32, (..., N).
         """
-        states = [state.to(self.networks[0][0].weight.dtype) for state in hidden_states]
+        states = [state.to(next(self.parameters()).dtype) for state in hidden_states]
         with torch.autocast(states[0].device.type, enabled=False):
             if self.form == "joint":
                 return self.networks[0](torch.cat(states, dim=-1)).float()
@@ -96,10 +96,10 @@ class Gate(nn.Module):
 
 
 def _network(in_size: int, gate_size: int, out_size: int) -> nn.Sequential:
-    network = nn.Sequential(nn.Linear(in_size, gate_size), nn.ReLU(), nn.Linear(gate_size, out_size))
-    nn.init.zeros_(network[2].weight)
-    nn.init.zeros_(network[2].bias)
-    return network
+    first, last = nn.Linear(in_size, gate_size), nn.Linear(gate_size, out_size)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.ReLU(), last)
 
 
 def _check(hidden_sizes: Sequence[int], gate_size: int, form: str) -> None:

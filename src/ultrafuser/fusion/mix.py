@@ -44,7 +44,10 @@ def fuse_logits(specialist_logits: Tensor, gate_weights: Tensor) -> Tensor:
 
     Reference: paper, equation 1.
     """
-    if specialist_logits.shape[0] != gate_weights.shape[-1] or specialist_logits.shape[1:-1] != gate_weights.shape[:-1]:
+    if (
+        specialist_logits.shape[0] != gate_weights.shape[-1]
+        or specialist_logits.shape[1:-1] != gate_weights.shape[:-1]
+    ):
         raise ShapeError(
             f"specialist_logits {tuple(specialist_logits.shape)} and gate_weights {tuple(gate_weights.shape)} do not "
             "match: expected (N, ..., V) and (..., N)."
@@ -91,7 +94,9 @@ def scale_hidden_states(
         ]
     weights = [head.weight for head in heads]
     if any(head.bias is not None for head in heads):
-        biases = [head.weight.new_zeros(head.weight.shape[0]) if head.bias is None else head.bias for head in heads]
+        biases = [
+            head.weight.new_zeros(head.weight.shape[0]) if head.bias is None else head.bias for head in heads
+        ]
         inputs.append(columns.to(dtype))
         weights.append(torch.stack(biases, dim=-1))
     return inputs, weights

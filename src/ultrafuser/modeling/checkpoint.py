@@ -45,7 +45,13 @@ from ultrafuser.modeling.specialists import (
 from ultrafuser.modeling.templates import ConversationEncoder, resolve_template, vocabulary_difference
 
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
-_IGNORED_OPTIONS = {"trust_remote_code", "_from_auto", "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs"}
+_IGNORED_OPTIONS = {
+    "trust_remote_code",
+    "_from_auto",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "adapter_kwargs",
+}
 _HUB_OPTIONS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
 
 
@@ -117,7 +123,7 @@ def fuse(
             model_revision=source.model_revision,
             adapter=source.adapter,
             adapter_revision=source.adapter_revision,
-            template=resolve_template(source.template, tokenizer),
+            template=resolve_template(source.template, tokenizers.get(name, tokenizer)),
             model_config=sources.load_architecture(source.model, source.model_revision),
         )
         for name, source in specialists.items()
@@ -225,7 +231,9 @@ def save_model(
     """Write a checkpoint; see `UltraFuserForCausalLM.save_pretrained`."""
     unknown = set(unsupported) - {"is_main_process", "state_dict", "save_function", "safe_serialization"}
     if unknown or unsupported.get("safe_serialization") is False:
-        raise UltrafuserError(f"save_pretrained: {sorted(unknown) or ['safe_serialization=False']} is not supported.")
+        raise UltrafuserError(
+            f"save_pretrained: {sorted(unknown) or ['safe_serialization=False']} is not supported."
+        )
     if unsupported.get("is_main_process") is False:
         return
     if gate_only and any(member.model is None for member in model.config.members):
@@ -241,7 +249,9 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing.", dir=folder) as temporary:
         scratch = Path(temporary)
-        save_torch_state_dict(tensors, scratch, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
+        save_torch_state_dict(
+            tensors, scratch, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size
+        )
         _config_of(model, gate_only).save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
         # A folder without config.json is no checkpoint: it goes first and comes last, so that old and new weights
@@ -307,7 +317,9 @@ def open_fused(folder: str | os.PathLike[str], dtype: torch.dtype | None = None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no tokenizer ({error}). Save the tokenizer into the same folder.") from error
+        raise CheckpointError(
+            f"{folder} holds no tokenizer ({error}). Save the tokenizer into the same folder."
+        ) from error
     return FusedModel(model, tokenizer)
 
 
@@ -379,7 +391,8 @@ def _bank_kind(specialists: Mapping[str, SpecialistSource], bank: BankKind | Lit
     bases = {(source.model, source.model_revision) for source in specialists.values()}
     if bank == "adapters" and len(bases) > 1:
         raise UltrafuserError(
-            f"bank adapters needs one base for all specialists, got {sorted(base for base, _ in bases)}. Use bank whole."
+            f"bank adapters needs one base for all specialists, got {sorted(base for base, _ in bases)}. "
+            "Use bank whole."
         )
     if bank != "auto":
         return bank
@@ -444,13 +457,17 @@ def _open_adapter(member: SpecialistConfig) -> Adapter:
 
 def _source_of(member: SpecialistConfig) -> SpecialistSource:
     if member.model is None:
-        raise CheckpointError(f"specialist {member.name}: a gate-only checkpoint must name its model, got none.")
+        raise CheckpointError(
+            f"specialist {member.name}: a gate-only checkpoint must name its model, got none."
+        )
     return SpecialistSource(model=member.model, model_revision=member.model_revision)
 
 
 def _alone(tensor: Tensor) -> Tensor:
     """The tensor in a storage of its own, as safetensors wants it; views of joined layers are copied."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
+    whole = (
+        tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
+    )
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -480,7 +497,9 @@ def _checkpoint_folder(name_or_path: str | os.PathLike[str], hub: Mapping[str, A
     if not folder.is_dir():
         if str(name_or_path).startswith(("/", ".", "~")):
             raise CheckpointError(f"{name_or_path}: there is no such folder.")
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "*.jinja"], **hub))
+        folder = Path(
+            snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "*.jinja"], **hub)
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json, so it is no finished checkpoint.")
     return folder
@@ -491,7 +510,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not shards:
         pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         found = f"only pickles ({', '.join(pickles)}), which are never loaded" if pickles else "none"
-        raise CheckpointError(f"{folder}: expected model.safetensors, got {found}. Save with save_pretrained.")
+        raise CheckpointError(
+            f"{folder}: expected model.safetensors, got {found}. Save with save_pretrained."
+        )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:
@@ -530,7 +551,9 @@ def _as_device(device_map: Any) -> torch.device:
     if isinstance(device_map, Mapping):
         devices = set(device_map.values())
         if len(devices) != 1:
-            raise UltrafuserError(f"device_map must name one device, got {dict(device_map)}: banks are not split.")
+            raise UltrafuserError(
+                f"device_map must name one device, got {dict(device_map)}: banks are not split."
+            )
         device_map = devices.pop()
     if device_map == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -543,9 +566,10 @@ def _require_member(model: UltraFuserForCausalLM, name: str) -> None:
 
 
 def without_sources(config: UltraFuserConfig) -> UltraFuserConfig:
-    """The configuration of a model whose specialists were trained further: they no longer are what their sources say."""
+    """The configuration of a model whose specialists were trained further: no longer what their sources hold."""
     members = [
-        replace(m, model=None, model_revision=None, adapter=None, adapter_revision=None) for m in config.members
+        replace(m, model=None, model_revision=None, adapter=None, adapter_revision=None)
+        for m in config.members
     ]
     settings = config.to_dict() | {"specialists": [vars(m) for m in members]}
     return UltraFuserConfig.from_dict(settings)

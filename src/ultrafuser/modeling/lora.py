@@ -30,7 +30,7 @@ _NOT_PLAIN = (
     "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 """PEFT settings under which an adapter is more, or other, than W + scaling * B A."""
-_NEUTRAL = (None, False, [], {}, "none")
+_NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "none")
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -76,7 +76,9 @@ class Adapter:
             UltrafuserError: no layer of the model carries one of the target names.
         """
         generator = torch.Generator().manual_seed(seed)
-        targets = [(path, linear) for path, linear in _linears(model) if is_target(path, config["target_modules"])]
+        targets = [
+            (path, linear) for path, linear in _linears(model) if is_target(path, config["target_modules"])
+        ]
         if not targets:
             raise UltrafuserError(
                 f"target_modules {config['target_modules']} name no linear layer of the base. Linear layers: "
@@ -137,7 +139,9 @@ def check_lora_config(config: Mapping[str, Any], source: str) -> None:
         )
     for setting in ("r", "lora_alpha", "target_modules"):
         if config.get(setting) is None:
-            raise CheckpointError(f"adapter {source}: {setting} is missing from its configuration. Save it with peft.")
+            raise CheckpointError(
+                f"adapter {source}: {setting} is missing from its configuration. Save it with peft."
+            )
 
 
 class FoldedLinear(nn.Module):
@@ -160,7 +164,9 @@ class FoldedLinear(nn.Module):
         self.out_sizes = [linear.out_features for linear in linears]
         self.has_bias = [linear.bias is not None for linear in linears]
         self.num_specialists = len(adapters)
-        self.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False
+        )
         self.bias = _joined_bias(linears)
         self.scalings = [adapter.scaling() for adapter in adapters]
         stacks = [_stack(adapters, path, linear) for path, linear in zip(self.paths, linears, strict=True)]
@@ -180,9 +186,11 @@ class FoldedLinear(nn.Module):
             (N * B, T, sum of out_features).
         """
         base = F.linear(x, self.weight, self.bias)
-        rows = x.reshape(self.num_specialists, -1, x.shape[-1]).to(base.dtype)  # autocast: base is not in x's dtype
+        # Under autocast the base's product is not in the dtype of x.
+        rows = x.reshape(self.num_specialists, -1, x.shape[-1]).to(base.dtype)
         if torch.is_grad_enabled():
-            self._assembled = None  # an optimiser's step may follow, and a fused one leaves no trace on its tensors
+            # An optimiser's step may follow, and a fused one leaves no trace on the tensors it changes.
+            self._assembled = None
             update = self._trained_update(rows)
             return base + update.view_as(base)
         down, up = self._assemble(base.dtype)
@@ -205,8 +213,13 @@ class FoldedLinear(nn.Module):
         """The low-rank parts, layer by layer, so that gradients reach each adapter's own tensors."""
         scale = rows.new_tensor(self.scalings).view(-1, 1, 1)
         down = torch.cat([a.to(rows.dtype) for a in self.lora_A], dim=1)
-        inner = (torch.bmm(rows, down.transpose(1, 2)) * scale).split([a.shape[1] for a in self.lora_A], dim=-1)
-        ups = [torch.bmm(part, b.to(rows.dtype).transpose(1, 2)) for part, b in zip(inner, self.lora_B, strict=True)]
+        inner = (torch.bmm(rows, down.transpose(1, 2)) * scale).split(
+            [a.shape[1] for a in self.lora_A], dim=-1
+        )
+        ups = [
+            torch.bmm(part, b.to(rows.dtype).transpose(1, 2))
+            for part, b in zip(inner, self.lora_B, strict=True)
+        ]
         return torch.cat(ups, dim=-1)
 
     def _assemble(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -235,7 +248,9 @@ class FoldedLinear(nn.Module):
         for path, weight in zip(self.paths, self.weight.split(self.out_sizes), strict=True):
             yield f"{path}.weight", weight
         if self.bias is not None:
-            for path, bias, present in zip(self.paths, self.bias.split(self.out_sizes), self.has_bias, strict=True):
+            for path, bias, present in zip(
+                self.paths, self.bias.split(self.out_sizes), self.has_bias, strict=True
+            ):
                 if present:
                     yield f"{path}.bias", bias
 

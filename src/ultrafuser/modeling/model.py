@@ -11,7 +11,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput
 
@@ -64,7 +70,9 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         self.gate = Gate(self.bank.hidden_sizes, config.gate_size, config.gate_form)
         self.config.vocab_size = self.bank.vocab_size
         self.generation_config = GenerationConfig(
-            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
         )
 
     @property
@@ -210,7 +218,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _run_shared(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FusedCache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: FusedCache | None,
     ) -> list[Tensor]:
         length = input_ids.shape[1]
         ids = input_ids.unsqueeze(1).expand(-1, self.num_specialists, -1)
@@ -267,6 +279,9 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             As `GenerationMixin.generate`.
+
+        Raises:
+            UltrafuserError: specialist_input_ids without input_ids, or with a cache that is not empty.
         """
         if kwargs.get("specialist_input_ids") is not None:
             prompt = kwargs.get("input_ids") if inputs is None else inputs
@@ -274,6 +289,12 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                 raise UltrafuserError(
                     "generate: specialist_input_ids need input_ids beside them, the first specialist's prompts, which "
                     "the returned sequences begin with. ConversationEncoder.batch_prompts gives both."
+                )
+            past = kwargs.get("past_key_values")
+            if past is not None and past.is_initialized:
+                raise UltrafuserError(
+                    "generate: past_key_values have been read into before, but prompts that differ per specialist are "
+                    "always read from their beginning. Leave past_key_values out."
                 )
             kwargs["prompt_length"] = prompt.shape[1]
         return super().generate(inputs, **kwargs)
@@ -293,7 +314,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             return super().prepare_inputs_for_generation(
                 input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
             )
-        common = {"logits_to_keep": 1, "use_cache": past_key_values is not None, "past_key_values": past_key_values}
+        common = {
+            "logits_to_keep": 1,
+            "use_cache": past_key_values is not None,
+            "past_key_values": past_key_values,
+        }
         response = input_ids[:, prompt_length:]
         if past_key_values is not None and past_key_values.is_initialized:
             # After the prompt all specialists read the same tokens; the cache knows what each has read before.
@@ -321,7 +346,9 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], gate_only: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], gate_only: bool = False, **kwargs: Any
+    ) -> None:
         """Write a checkpoint folder: `config.json`, `generation_config.json` and safetensors.
 
         Args:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
 from ultrafuser.files import atomic_write
@@ -69,9 +75,13 @@ def resolve_adapter(source: str, revision: str | None = None) -> Path:
     elif Path(source).expanduser().is_dir():
         folder = Path(source).expanduser()
     elif source.startswith(("/", ".", "~")):
-        raise UltrafuserError(f"adapter {source!r}: there is no such folder. Give a PEFT adapter folder or a hub id.")
+        raise UltrafuserError(
+            f"adapter {source!r}: there is no such folder. Give a PEFT adapter folder or a hub id."
+        )
     else:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+        )
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             pickled = (folder / "adapter_model.bin").is_file() and name == ADAPTER_WEIGHTS
@@ -106,8 +116,12 @@ def load_architecture(source: str, revision: str | None = None) -> dict[str, Any
             f"run): {_first_line(error)}"
         ) from error
     if settings["model_type"] == "ultrafuser":
-        raise UltrafuserError(f"model {source!r} is a fused model itself. Export its specialists and name those.")
-    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "quantization_config", "auto_map")}
+        raise UltrafuserError(
+            f"model {source!r} is a fused model itself. Export its specialists and name those."
+        )
+    return {
+        k: v for k, v in settings.items() if k not in ("_name_or_path", "quantization_config", "auto_map")
+    }
 
 
 def load_model(source: str, revision: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -158,7 +172,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except Exception as error:  # broken files fail in many ways, down to bare exceptions of the Rust library
-        raise UltrafuserError(f"the tokenizer of {source!r} cannot be opened: {_first_line(error)}") from error
+        raise UltrafuserError(
+            f"the tokenizer of {source!r} cannot be opened: {_first_line(error)}"
+        ) from error
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -170,9 +186,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text())
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is not JSON: {error}. Save the adapter again.") from error
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} is not JSON: {error}. Save the adapter again."
+        ) from error
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} must hold a JSON object, got {type(settings).__name__}.")
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} must hold a JSON object, got {type(settings).__name__}."
+        )
     return settings
 
 
@@ -196,7 +216,9 @@ def _package_path(source: str) -> Path:
 
 
 def _refuse_pickles(folder: Path) -> None:
-    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)]
+    pickles = [
+        p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)
+    ]
     pickles = [name for name in pickles if name != "training_args.bin"]
     if pickles and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
@@ -210,11 +232,15 @@ def _converted_gguf(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise UltrafuserError(f"{path.name} needs the 'gguf' package to be opened: pip install 'ultrafuser[demo]'.")
+        raise UltrafuserError(
+            f"{path.name} needs the 'gguf' package to be opened: pip install 'ultrafuser[demo]'."
+        )
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # A model that came from GGUF refuses save_pretrained, so its weights move into a fresh one.
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    settings = {
+        k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+    }
     plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     with atomic_write(target) as folder:

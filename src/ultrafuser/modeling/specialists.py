@@ -121,7 +121,9 @@ class WholeSpecialists(SpecialistBank):
             _check_linear_head(name, model)
         dtypes = {name: str(model.get_output_embeddings().weight.dtype) for name, model in models.items()}
         if len(set(dtypes.values())) > 1:
-            raise UltrafuserError(f"specialists must have one dtype, got {dtypes}. Set dtype to open them all in one.")
+            raise UltrafuserError(
+                f"specialists must have one dtype, got {dtypes}. Set dtype to open them all in one."
+            )
         self.models = nn.ModuleList(models.values())
         self._adopted: list[list[FoldedLinear]] = []
 
@@ -146,7 +148,9 @@ class WholeSpecialists(SpecialistBank):
             )
         return states
 
-    def adopt_adapters(self, rank: int, alpha: float, target_modules: str | Sequence[str], seed: int = 0) -> None:
+    def adopt_adapters(
+        self, rank: int, alpha: float, target_modules: str | Sequence[str], seed: int = 0
+    ) -> None:
         """Give every model a fresh LoRA adapter to train instead of its weights; `merge_adopted` ends that.
 
         Args:
@@ -183,12 +187,14 @@ class WholeSpecialists(SpecialistBank):
         heads = [_head(model) for model in self.models]
         rows = min(head.weight.shape[0] for head in heads)
         return [
-            Head(head.weight[:rows], None if head.bias is None else head.bias[:rows], head.scale) for head in heads
+            Head(head.weight[:rows], None if head.bias is None else head.bias[:rows], head.scale)
+            for head in heads
         ]
 
     def embeddings(self) -> nn.Module:
         """The first specialist's input embeddings."""
-        return self.models[0].get_input_embeddings()
+        first: Any = self.models[0]
+        return first.get_input_embeddings()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """`specialists.<name>.<tensor of the model>`; tied tensors stand once."""
@@ -341,7 +347,9 @@ def build_bank(config: UltraFuserConfig, dtype: torch.dtype | None = None) -> Sp
 
 def _empty_model(member: SpecialistConfig, dtype: torch.dtype | None) -> PreTrainedModel:
     architecture = member.architecture()
-    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.get_default_dtype() if dtype is None else dtype)
+    model = AutoModelForCausalLM.from_config(
+        architecture, dtype=torch.get_default_dtype() if dtype is None else dtype
+    )
     model.tie_weights()  # not done by construction when initialisation is skipped
     return model
 
@@ -420,7 +428,9 @@ def check_exact(name: str, model: PreTrainedModel) -> None:
         own = model(input_ids=ids).logits.float()
         cache = DynamicCache(config=model.config)
         once = _run(model, ids, None, positions, None)
-        steps = [_run(model, ids[:, part], None, positions[:, part], cache) for part in (slice(0, 3), slice(3, 4))]
+        steps = [
+            _run(model, ids[:, part], None, positions[:, part], cache) for part in (slice(0, 3), slice(3, 4))
+        ]
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UltrafuserError(
             f"specialist {name}: {type(model).__name__} cannot run as a specialist ({error}). Use another architecture."

@@ -87,11 +87,14 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return [_prompt(row, where) for row, where in _rows(Path(path))]
 
 
-def load_domain_conversations(files: Mapping[str, Sequence[str | Path]]) -> dict[str, list[Messages]]:
+def load_domain_conversations(
+    files: Mapping[str, Sequence[str | Path]], rows: int | None = None
+) -> dict[str, list[Messages]]:
     """Read every domain's files.
 
     Args:
         files: Domain name to its files, in a form `read_conversations` reads.
+        rows: Keep the first so many conversations of every file; all when None.
 
     Returns:
         Domain name to its conversations, files in the order given.
@@ -105,7 +108,7 @@ def load_domain_conversations(files: Mapping[str, Sequence[str | Path]]) -> dict
                 f"data.{domain} must name at least one file, got none. Add one or remove the domain."
             )
     return {
-        domain: [messages for path in paths for messages in read_conversations(path)]
+        domain: [messages for path in paths for messages in read_conversations(path)[:rows]]
         for domain, paths in files.items()
     }
 

@@ -25,21 +25,26 @@ from ultrafuser.fusion.loss import IGNORE_INDEX
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.templates import ConversationEncoder, EncodedConversation
 
+_MANIFEST = "manifest.json"
 _ROWS_PER_FILE = 512
 _TOKENS_PER_PASS = 2048
 
 
 @dataclass(frozen=True)
-class CacheCost:
-    """What the cache cost.
+class StateCache:
+    """Where cached states are, and what they cost.
 
     Attributes:
-        seconds: running the specialists over the data once; 0 when a cache of the same states was found.
+        folder: that `StateDataset` reads.
+        seconds: spent now; 0 when states of the same specialists and conversations were found.
+        pass_s: what running the specialists over the data once took when the states were made.
         num_bytes: on disk.
         num_tokens: response tokens, each with a state per specialist.
     """
 
+    folder: Path
     seconds: float
+    pass_s: float
     num_bytes: int
     num_tokens: int
 
@@ -84,25 +89,25 @@ def cache_states(
     conversations: Sequence[EncodedConversation],
     folder: Path,
     on_progress: Callable[[int, int], None] | None = None,
-) -> CacheCost:
+) -> StateCache:
     """Run the specialists over all conversations and keep their states at the response positions.
 
     Args:
         model: with the specialists to run; nothing is trained.
         encoder: that encoded the conversations.
         conversations: in the order of the dataset.
-        folder: where the states go; states of the same specialists and conversations that lie there are used
-            again.
+        folder: where the states go, in a folder of their own; states of the same specialists and conversations
+            that lie there are used again.
         on_progress: called with (conversations done, all).
 
     Returns:
-        What it cost.
+        Where they are, and what it cost.
     """
-    fingerprint = _fingerprint(model, conversations)
+    folder = folder / _fingerprint(model, conversations)[:16]
     num_tokens = sum(len(conversation.labels) for conversation in conversations)
-    manifest = folder / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["fingerprint"] == fingerprint:
-        return CacheCost(0.0, _size(folder), num_tokens)
+    if folder.is_dir():  # it appears when it is complete
+        pass_s = json.loads((folder / _MANIFEST).read_text())["pass_s"]
+        return StateCache(folder, 0.0, pass_s, _size(folder), num_tokens)
     start = time.perf_counter()
     with atomic_write(folder) as scratch:
         scratch.mkdir()
@@ -114,9 +119,9 @@ def cache_states(
                 if on_progress is not None:
                     on_progress(first + len(tensors) // model.num_specialists, len(conversations))
             save_file(tensors, scratch / f"states-{number:05d}.safetensors")
-        content = {"fingerprint": fingerprint, "rows": len(conversations)}
-        (scratch / "manifest.json").write_text(json.dumps(content))
-    return CacheCost(time.perf_counter() - start, _size(folder), num_tokens)
+        pass_s = time.perf_counter() - start
+        (scratch / _MANIFEST).write_text(json.dumps({"pass_s": pass_s, "rows": len(conversations)}))
+    return StateCache(folder, pass_s, pass_s, _size(folder), num_tokens)
 
 
 @torch.no_grad()

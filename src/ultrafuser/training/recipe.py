@@ -106,9 +106,10 @@ class Stage1(StageSettings):
 
     steps: int = Field(default=400, ge=0)
     examples_per_domain: int = Field(default=64, ge=1)
-    cache_states: bool = Field(
+    cache_states: bool | str = Field(
         default=False,
-        description="run the specialists once and keep their hidden states on disk for the whole stage",
+        description="run the specialists once and keep their hidden states on disk for the whole stage; a folder "
+        "keeps them there, for every run over the same specialists and conversations",
     )
 
 
@@ -136,11 +137,11 @@ class _RunSettings(_Section):
         min_length=1, description="domain -> files of conversations to train on"
     )
     data_rows: int | None = Field(
-        default=None, ge=1, description="train on the first so many rows of every domain"
+        default=None, ge=1, description="train on the first so many rows of every file"
     )
     heldout: dict[str, list[str]] = Field(default_factory=dict, description="domain -> files to measure on")
     heldout_rows: int | None = Field(
-        default=None, ge=1, description="measure on the first so many rows of every domain"
+        default=None, ge=1, description="measure on the first so many rows of every file"
     )
     max_length: int = Field(default=1024, ge=8, description="tokens a specialist reads at most")
     too_long: Literal["truncate", "drop", "error"] = Field(
@@ -325,6 +326,8 @@ def _resolved(recipe: R, folder: Path) -> R:
         for key in ("model", "adapter"):
             if entry.get(key) is not None:
                 entry[key] = place(entry[key], False)
+    if isinstance(settings.get("stage1", {}).get("cache_states"), str):
+        settings["stage1"]["cache_states"] = place(settings["stage1"]["cache_states"], True)
     if settings.get("gate", {}).get("start") is not None:
         settings["gate"]["start"] = place(settings["gate"]["start"], False)
     return type(recipe).model_validate(settings)

@@ -36,6 +36,7 @@ from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
 from ultrafuser.training.stages import (
     EncodedData,
     StageResult,
+    check_stage2,
     encode_data,
     fresh_adapter,
     hold_in,
@@ -112,6 +113,10 @@ def train(
     encoder = encoder_for(fused, recipe.max_length)
     trained = TrainedModel(fused, encoder, encode_data(encoder, conversations, recipe.too_long))
     data = trained.data
+    two_stages = recipe.stage2 is not None and not only_stage1
+    if two_stages:
+        assert recipe.stage2 is not None
+        check_stage2(fused.model, recipe.stage2)
     if on_start is not None:
         on_start(trained)
     _write_recipe(recipe, folder)
@@ -119,7 +124,6 @@ def train(
     trained.stages["stage1"] = run_stage1(
         fused.model, encoder, data, recipe.stage1, checkpoints / "stage1", recipe.seed, on_progress
     )
-    two_stages = recipe.stage2 is not None and not only_stage1
     if is_main_process():
         save_fused(fused, folder if not two_stages else checkpoints / "after_stage1", gate_only=True)
     if on_stage is not None:
@@ -298,7 +302,7 @@ def is_main_process() -> bool:
 
 
 def _training_rows(recipe: FusionRecipe | SpecializeRecipe) -> dict[str, list[Messages]]:
-    return {d: rows[: recipe.data_rows] for d, rows in load_domain_conversations(recipe.data_files).items()}
+    return load_domain_conversations(recipe.data_files, recipe.data_rows)
 
 
 def _open_single(recipe: SpecializeRecipe) -> FusedModel:
@@ -323,6 +327,7 @@ def _open_single(recipe: SpecializeRecipe) -> FusedModel:
 
 def _tuned(recipe: SpecializeRecipe, fused: FusedModel) -> list[nn.Parameter]:
     bank = fused.model.bank
+    assert isinstance(bank, WholeSpecialists | AdapterSpecialists)
     return list(bank.parameters() if recipe.train == "full" else bank.lora_parameters())
 
 

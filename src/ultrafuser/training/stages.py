@@ -21,7 +21,7 @@ from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder, EncodedConversation
 from ultrafuser.training.data import BalancedBatchSampler, ConversationDataset, Messages, MicroBatchSampler
-from ultrafuser.training.features import CacheCost, StateDataset, cache_states, collate_states
+from ultrafuser.training.features import StateCache, StateDataset, cache_states, collate_states
 from ultrafuser.training.recipe import LoraSettings, Stage1, Stage2, StageSettings
 from ultrafuser.training.trainer import FusionTrainer, last_checkpoint
 
@@ -53,12 +53,14 @@ class StageResult:
     Attributes:
         losses: (step, mean loss in nats per response token since the last entry).
         seconds: of training, of this process; what came before a resume is not in it.
-        cache: cost of the cached states, where they were used.
+        cache: the cached states, where they were used.
+        saved_s: about how much longer the stage would have taken without them.
     """
 
     losses: list[tuple[int, float]]
     seconds: float
-    cache: CacheCost | None = None
+    cache: StateCache | None = None
+    saved_s: float = 0.0
 
 
 def encode_data(
@@ -138,12 +140,14 @@ def run_stage1(
     if not settings.cache_states or settings.steps == 0:
         dataset: Dataset = ConversationDataset(data.conversations, data.domain_sizes)
         return _train(model, dataset, encoder.collate, data, settings, groups, arguments, "stage 1")
+    place = folder / "states" if settings.cache_states is True else Path(settings.cache_states)
     with arguments.main_process_first(local=False):  # the others find what it wrote
-        bank = model.to(arguments.device)
-        cost = cache_states(bank, encoder, data.conversations, folder / "states", on_progress)
-    dataset = StateDataset(folder / "states", data.conversations)
+        cache = cache_states(model.to(arguments.device), encoder, data.conversations, place, on_progress)
+    dataset = StateDataset(cache.folder, data.conversations)
     result = _train(model, dataset, collate_states, data, settings, groups, arguments, "stage 1")
-    return replace(result, cache=cost)
+    passes = settings.steps * settings.examples_per_domain * len(data.domain_sizes) / len(data.conversations)
+    spared_s = cache.pass_s * passes / arguments.world_size
+    return replace(result, cache=cache, saved_s=spared_s - cache.seconds)
 
 
 def run_stage2(
@@ -154,7 +158,12 @@ def run_stage2(
     folder: Path,
     seed: int,
 ) -> StageResult:
-    """Train gate and specialists together; see `run_stage1`."""
+    """Train gate and specialists together; see `run_stage1`.
+
+    Raises:
+        RecipeError: see `check_stage2`.
+    """
+    check_stage2(model, settings)
     model.requires_grad_(False)
     prepare_specialists(model, settings.train, settings.lora, seed)
     trained = [p for p in model.bank.parameters() if p.requires_grad]
@@ -199,6 +208,36 @@ def run_specialize(
     )
 
 
+def check_stage2(model: UltraFuserForCausalLM, settings: Stage2) -> None:
+    """See before stage 1 that stage 2 will be able to train these specialists.
+
+    Args:
+        model: is left as it is.
+        settings: of stage 2.
+
+    Raises:
+        RecipeError: full training of adapters, or LoRA with nothing to train.
+        UltrafuserError: no layer of a specialist carries one of the names in lora.target_modules.
+    """
+    bank = model.bank
+    if isinstance(bank, WholeSpecialists):
+        if settings.train == "lora":
+            for specialist in bank.models:
+                fresh_adapter(specialist, settings.lora, "", seed=0)
+        return
+    assert isinstance(bank, AdapterSpecialists)
+    if settings.train == "full":
+        raise RecipeError(
+            "stage2.train: full needs whole specialists, but these are adapters over one base, which they share. "
+            "Use train: lora or bank: whole, or leave stage 2 out (stage2: null)."
+        )
+    if not list(bank.lora_parameters()):
+        raise RecipeError(
+            "stage2.train: lora has nothing to train: no specialist of this bank has an adapter. "
+            "Use bank: whole, or leave stage 2 out (stage2: null)."
+        )
+
+
 def prepare_specialists(
     model: UltraFuserForCausalLM, mode: str, lora: LoraSettings | None, seed: int
 ) -> None:
@@ -210,31 +249,18 @@ def prepare_specialists(
             specialists get new ones).
         lora: settings of new adapters.
         seed: of new adapters.
-
-    Raises:
-        RecipeError: full training of an adapter bank.
     """
     bank = model.bank
-    if mode == "full":
-        if not isinstance(bank, WholeSpecialists):
-            raise RecipeError(
-                "train: full needs whole specialists, but these are adapters over one base, which they "
-                "share. Use train: lora, or bank: whole."
-            )
-        hold_in(bank.parameters(), torch.float32)
-        bank.requires_grad_(True)
-        return
-    if isinstance(bank, WholeSpecialists):
-        assert lora is not None
-        bank.adopt_adapters(lora.rank, lora.alpha, lora.target_modules, seed)
     assert isinstance(bank, WholeSpecialists | AdapterSpecialists)
-    parameters = list(bank.lora_parameters())
-    if not parameters:
-        raise RecipeError(
-            "train: lora has nothing to train: no specialist of this bank has an adapter. Use bank: whole."
-        )
-    hold_in(parameters, torch.float32)
-    for parameter in parameters:
+    if mode == "full":
+        trained = list(bank.parameters())
+    else:
+        if isinstance(bank, WholeSpecialists):
+            assert lora is not None
+            bank.adopt_adapters(lora.rank, lora.alpha, lora.target_modules, seed)
+        trained = list(bank.lora_parameters())
+    hold_in(trained, torch.float32)
+    for parameter in trained:
         parameter.requires_grad_(True)
 
 

@@ -39,7 +39,9 @@ def test_shared_form_scores_every_specialist_with_one_network():
 
 def test_per_specialist_form_has_a_network_for_every_width():
     gate, states = randomise_gate(Gate([8, 6], 16, "per_specialist")), states_of(8, 6)
-    scores = torch.cat([network(net, state) for net, state in zip(gate.networks, states, strict=True)], dim=-1)
+    scores = torch.cat(
+        [network(net, state) for net, state in zip(gate.networks, states, strict=True)], dim=-1
+    )
     assert torch.allclose(gate(states), scores.softmax(-1), atol=1e-6)
 
 

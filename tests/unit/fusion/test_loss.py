@@ -45,7 +45,9 @@ def leaves(shared: bool, full: bool, dtype: torch.dtype = torch.float64, seed: i
 
 def heads_of(tensors: dict[str, Tensor], full: bool) -> list[Head]:
     count = sum(name.startswith("head") for name in tensors)
-    return [Head(tensors[f"head{j}"], tensors.get(f"bias{j}"), 0.5 + j if full else 1.0) for j in range(count)]
+    return [
+        Head(tensors[f"head{j}"], tensors.get(f"bias{j}"), 0.5 + j if full else 1.0) for j in range(count)
+    ]
 
 
 def labels_of(which: str, seed: int = 1) -> Tensor:
@@ -61,7 +63,9 @@ def plain(tensors: dict[str, Tensor], full: bool, labels: Tensor, num_items: int
     heads = heads * N if len(heads) == 1 else heads
     weights = tensors["scores"].softmax(-1)
     logits = sum(
-        weights[:, j, None] * h.scale * (tensors[f"state{j}"] @ h.weight.T + (0 if h.bias is None else h.bias))
+        weights[:, j, None]
+        * h.scale
+        * (tensors[f"state{j}"] @ h.weight.T + (0 if h.bias is None else h.bias))
         for j, h in enumerate(heads)
     )
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -93,7 +97,9 @@ def test_value_and_all_gradients_equal_the_plain_formula(shared, full, which, nu
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5, abs=1e-6)
     for name, tensor in single.items():
         scale = float(exact[name].grad.abs().max())
-        assert torch.allclose(tensor.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-6 + 1e-5 * scale), name
+        assert torch.allclose(tensor.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-6 + 1e-5 * scale), (
+            name
+        )
     assert which == "none" or exact["scores"].grad.abs().max() > 0
 
 
@@ -122,6 +128,15 @@ def test_forms_only_gradients_that_are_asked_for():
         counts[case] = seen.products
         assert loss.requires_grad == (case != "no_grad")
     assert counts == {"all": 3 * N, "heads frozen": 2 * N, "no_grad": N}
+
+
+def test_a_second_backward_is_an_error_not_another_gradient():
+    """Backward scales the formed gradients in place; it must not go on from scaled ones."""
+    tensors = leaves(True, False, torch.float32)
+    loss = chunked(tensors, False, labels_of("all"))
+    (3 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"in-?place"):
+        loss.backward()
 
 
 def test_bfloat16_stays_near_float32():
@@ -165,7 +180,9 @@ def test_token_losses_are_the_terms_of_the_mean():
     one_hot = F.one_hot(torch.full((R,), 1), N).float()
     own = F.cross_entropy(1.5 * (states[1] @ tensors["head1"].T), labels, reduction="none")
     assert torch.allclose(token_losses(states, one_hot, heads_of(tensors, True), labels), own, atol=1e-5)
-    assert token_losses([s[:0] for s in states], weights[:0], heads_of(tensors, True), labels[:0]).shape == (0,)
+    assert token_losses([s[:0] for s in states], weights[:0], heads_of(tensors, True), labels[:0]).shape == (
+        0,
+    )
 
 
 @pytest.mark.parametrize("label", [-1, -7, V])

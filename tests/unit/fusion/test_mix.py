@@ -24,7 +24,11 @@ def case(kind: str, sizes: tuple[int, ...] = (6, 4, 8), shape: tuple[int, ...] =
     full = kind.endswith("full")
     heads = [
         # one head without a bias among heads with one
-        Head(randn(V, size), randn(V) if full and (shared or index != 1) else None, 0.5 + index if full else 1.0)
+        Head(
+            randn(V, size),
+            randn(V) if full and (shared or index != 1) else None,
+            0.5 + index if full else 1.0,
+        )
         for index, size in enumerate(sizes[:1] if shared else sizes)
     ]
     return states, weights, heads

@@ -25,7 +25,9 @@ def fused(request):
                     up.normal_(generator=torch.Generator().manual_seed(index), std=0.3)
         return fused_over(bank)
     count = 1 if request.param == "one" else 3
-    return fused_over(WholeSpecialists({name: tiny_model("llama", seed=i) for i, name in enumerate("abc"[:count])}))
+    return fused_over(
+        WholeSpecialists({name: tiny_model("llama", seed=i) for i, name in enumerate("abc"[:count])})
+    )
 
 
 @pytest.fixture
@@ -77,7 +79,12 @@ def test_repeated_rows(fused, prompts):
     cache.batch_repeat_interleave(2)  # empty: nothing to repeat
     read(fused, prompts, NEXT[:, :2], cache)
     cache.batch_repeat_interleave(2)
-    read(fused, [t.repeat_interleave(2, dim=0) for t in prompts], NEXT[:, :2].repeat_interleave(2, dim=0), again)
+    read(
+        fused,
+        [t.repeat_interleave(2, dim=0) for t in prompts],
+        NEXT[:, :2].repeat_interleave(2, dim=0),
+        again,
+    )
     tokens = torch.arange(20, 26).unsqueeze(1)
     assert close(go_on(fused, cache, tokens), go_on(fused, again, tokens))
 
@@ -134,7 +141,7 @@ def test_a_new_token_that_is_padding_is_not_read():
 
 
 def test_another_kind_of_cache_is_refused(fused):
-    with pytest.raises(UltrafuserError, match="must be a FusedCache .*got DynamicCache"):
+    with pytest.raises(UltrafuserError, match=r"must be a FusedCache .*got DynamicCache"):
         fused(input_ids=NEXT, past_key_values=DynamicCache())
     with pytest.raises(UltrafuserError, match="cache_implementation must be None, got 'static'"):
         fused.generate(NEXT, cache_implementation="static", max_new_tokens=1)
@@ -145,5 +152,7 @@ def test_the_gate_sees_the_same_states_with_and_without_cache(fused, prompts):
     with torch.no_grad():
         whole = fused(specialist_input_ids=prompts[0], specialist_attention_mask=prompts[1])
         cache = fused.new_cache()
-        cached = fused(specialist_input_ids=prompts[0], specialist_attention_mask=prompts[1], past_key_values=cache)
+        cached = fused(
+            specialist_input_ids=prompts[0], specialist_attention_mask=prompts[1], past_key_values=cache
+        )
     assert close(cached.gate_weights, whole.gate_weights)

@@ -33,7 +33,12 @@ def test_written_and_read_is_the_same(tmp_path):
 
 def test_defaults_are_the_papers_gate():
     config = UltraFuserConfig(specialists=[{"name": "a"}])
-    assert (config.bank, config.gate_form, config.gate_size, config.gate_only) == ("whole", "shared", 512, False)
+    assert (config.bank, config.gate_form, config.gate_size, config.gate_only) == (
+        "whole",
+        "shared",
+        512,
+        False,
+    )
     assert UltraFuserConfig().specialists == []  # transformers makes empty ones
 
 
@@ -49,7 +54,10 @@ def test_an_architecture_comes_back_as_its_own_class():
     ("model_config", "message"),
     [
         (None, "specialist a: model_config is missing"),
-        ({"model_type": "mine"}, "architecture 'mine' is not one that transformers ships. Remote code is never run"),
+        (
+            {"model_type": "mine"},
+            "architecture 'mine' is not one that transformers ships. Remote code is never run",
+        ),
         ({"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}, "Remote code is never run"),
         ({}, "architecture None"),
     ],
@@ -68,7 +76,10 @@ def test_names_that_cannot_prefix_tensors_are_refused(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"specialists": [{"name": "a"}, {"name": "b"}, {"name": "a"}]}, r"may stand once, got \['a', 'b', 'a'\]"),
+        (
+            {"specialists": [{"name": "a"}, {"name": "b"}, {"name": "a"}]},
+            r"may stand once, got \['a', 'b', 'a'\]",
+        ),
         ({"bank": "expert"}, "bank must be one of whole, adapters, got 'expert'"),
         ({"specialists": [{"name": "a", "modle": "x"}]}, "may have adapter, .*template, got name, modle"),
         ({"specialists": [{"model": "x"}]}, "each needs a name"),

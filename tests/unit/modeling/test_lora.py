@@ -36,7 +36,8 @@ def random_adapter(model: nn.Module, seed: int, **settings) -> Adapter:
     adapter = Adapter.initial(model, {**CONFIG, **settings}, seed)
     generator = torch.Generator().manual_seed(seed)
     return Adapter(
-        adapter.config, {key: 0.3 * torch.randn(t.shape, generator=generator) for key, t in adapter.weights.items()}
+        adapter.config,
+        {key: 0.3 * torch.randn(t.shape, generator=generator) for key, t in adapter.weights.items()},
     )
 
 
@@ -53,7 +54,9 @@ def by_hand(linear: nn.Linear, path: str, adapter: Adapter, x: Tensor) -> Tensor
     if f"{path}.lora_A.weight" not in adapter.weights:
         return linear(x)
     down, up = adapter.weights[f"{path}.lora_A.weight"], adapter.weights[f"{path}.lora_B.weight"]
-    scaling = adapter.config["lora_alpha"] / adapter.config["r"] ** (0.5 if adapter.config.get("use_rslora") else 1)
+    scaling = adapter.config["lora_alpha"] / adapter.config["r"] ** (
+        0.5 if adapter.config.get("use_rslora") else 1
+    )
     return linear(x) + scaling * (x @ down.T @ up.T)
 
 
@@ -143,7 +146,7 @@ def test_assembled_parts_follow_every_change(folded, change):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_bfloat16_base_and_autocast_stay_near_float32(folded, grad):
-    _, block, _, (_, layer) = folded
+    _, _, _, (_, layer) = folded
     x = x_of()
     with torch.set_grad_enabled(grad):
         expected = layer(x)
@@ -303,7 +306,9 @@ def test_an_adapter_of_another_base_or_half_of_one_is_refused(tmp_path):
     weights = load_file(folder / "adapter_model.safetensors")
     del weights["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
     save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="only one of lora_A and lora_B for model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        CheckpointError, match=r"only one of lora_A and lora_B for model.layers.0.self_attn.q_proj"
+    ):
         fold_adapters(tiny_model(), [Adapter.from_folder(folder)])
 
 
@@ -315,7 +320,10 @@ def test_layers_of_routed_experts_are_refused():
 
     routed = nn.Sequential()
     routed.add_module("mlp", Routed())
-    weights = {"mlp.experts.0.lora_A.weight": torch.zeros(3, 4), "mlp.experts.0.lora_B.weight": torch.zeros(4, 3)}
+    weights = {
+        "mlp.experts.0.lora_A.weight": torch.zeros(3, 4),
+        "mlp.experts.0.lora_B.weight": torch.zeros(4, 3),
+    }
     with pytest.raises(CheckpointError, match="not of embeddings, heads or routed experts"):
         fold_adapters(routed, [Adapter(CONFIG, weights)])
 

@@ -77,10 +77,14 @@ def test_a_model_without_weights_or_with_some_is_refused(model_folder):
     weights = load_file(model_folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 1 of its tensors \(first: model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 of its tensors \(first: model.layers.1.mlp.up_proj.weight\)"
+    ):
         sources.load_model(str(model_folder))
     (model_folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="cannot be opened from safetensors.*Pickled weights are never loaded"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be opened from safetensors.*Pickled weights are never loaded"
+    ):
         sources.load_model(str(model_folder))
 
 
@@ -102,7 +106,7 @@ def test_bare_weights_have_no_tokenizer_and_a_broken_one_is_named(tmp_path):
     assert sources.load_tokenizer(str(folder)) is None
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UltrafuserError, match="the tokenizer of .* cannot be opened"):
+    with pytest.raises(UltrafuserError, match=r"the tokenizer of .* cannot be opened"):
         sources.load_tokenizer(str(folder))
 
 
@@ -110,7 +114,10 @@ def test_bare_weights_have_no_tokenizer_and_a_broken_one_is_named(tmp_path):
     ("spoil", "message"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "expected adapter_config.json, not there"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), "expected adapter_model.safetensors, not there"),
+        (
+            lambda f: (f / "adapter_model.safetensors").unlink(),
+            "expected adapter_model.safetensors, not there",
+        ),
         (
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
             r"only a pickle \(adapter_model.bin\), which is never loaded",
@@ -125,7 +132,9 @@ def test_incomplete_adapters_are_refused(tmp_path, spoil, message):
         sources.resolve_adapter(str(folder))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object, got list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object, got list")]
+)
 def test_a_broken_adapter_configuration_is_refused(tmp_path, text, message):
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
