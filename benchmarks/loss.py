@@ -186,8 +186,8 @@ def measure_memory(problems: Sequence[Problem]) -> dict[tuple[str, str], int]:
     jobs = [(problem, method) for problem in problems for method in METHODS]
     peaks = {}
     server = multiprocessing.get_context("forkserver")  # it imports this module once; every child starts from there
-    with ProcessPoolExecutor(1, mp_context=server, max_tasks_per_child=1) as pool:
-        for problem, method in track(jobs, "memory", transient=True):
+    for problem, method in track(jobs, "memory", transient=True):
+        with ProcessPoolExecutor(1, mp_context=server) as pool:
             peaks[problem.case, method] = pool.submit(peak_memory_bytes, problem, method).result()
     return peaks
 

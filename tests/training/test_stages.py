@@ -68,6 +68,20 @@ def test_cached_states_change_nothing(toys, tmp_path, tokenizer, kind):
     torch.testing.assert_close(gates[0], gates[1], rtol=0, atol=1e-5)
     assert results[0].cache is None
     assert results[1].cache.num_bytes > 0
+    passes = 4 * 4 * 2 / 24  # steps, examples of each of two domains, conversations
+    assert results[1].saved_s == pytest.approx((passes - 1) * results[1].cache.seconds)
+
+
+def test_runs_can_share_cached_states(toys, tmp_path):
+    shared = str(tmp_path / "states")
+    results = [
+        stage1(toys.fused(), toys, tmp_path / str(rate), cache_states=shared, learning_rate=rate)
+        for rate in (1e-2, 1e-3)
+    ]
+    assert results[0].cache.seconds > 0
+    assert results[1].cache.seconds == 0
+    assert results[1].saved_s > results[0].saved_s
+    assert results[0].losses[0] == results[1].losses[0]
 
 
 def test_no_steps_leave_the_uniform_average(toys, tmp_path):

@@ -157,7 +157,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, gradient: Tensor, wanted:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a temporary where the dtypes agree."""
+    """Add left @ right to total, without a temporary where the dtypes agree."""
     if total.dtype == right.dtype:
         torch.addmm(total, left, right, out=total)
     else:

@@ -30,16 +30,15 @@ def test_cached_states_are_the_specialists_own(toys, tmp_path, bank):
     fused = toys.fused(bank)
     encoder, conversations = encoded(fused, toys)
     seen = []
-    cost = cache_states(
-        fused.model, encoder, conversations, tmp_path / "states", lambda *now: seen.append(now)
-    )
+    cache = cache_states(fused.model, encoder, conversations, tmp_path, lambda *now: seen.append(now))
     assert seen[-1] == (24, 24)
     assert seen == sorted(seen)
-    assert cost.num_tokens == sum(len(row.labels) for row in conversations)
-    assert cost.num_bytes == sum(path.stat().st_size for path in (tmp_path / "states").iterdir())
-    assert len(list((tmp_path / "states").glob("*.safetensors"))) == 5
+    assert cache.seconds == cache.pass_s > 0
+    assert cache.num_tokens == sum(len(row.labels) for row in conversations)
+    assert cache.num_bytes == sum(path.stat().st_size for path in cache.folder.iterdir())
+    assert len(list(cache.folder.glob("*.safetensors"))) == 5
 
-    dataset = StateDataset(tmp_path / "states", conversations)
+    dataset = StateDataset(cache.folder, conversations)
     assert len(dataset) == 24
     rows = [0, 13, 7]
     batch = encoder.collate([conversations[row] for row in rows])
@@ -66,7 +65,7 @@ def test_states_are_used_again_for_the_same_and_only_for_the_same(toys, tmp_path
     assert cost_in_seconds(toys.fused(), toys, folder) > 0
     assert cost_in_seconds(toys.fused(gate_form="joint"), toys, folder) == 0  # another gate is no other state
     assert cost_in_seconds(toys.fused(), toys, folder, lambda rows: rows[::-1]) > 0
-    assert cost_in_seconds(toys.fused(), toys, folder) > 0  # that was overwritten
+    assert cost_in_seconds(toys.fused(), toys, folder) == 0  # both are kept
     fused = toys.fused()
     with torch.no_grad():
         next(fused.model.bank.parameters()).view(-1)[0] += 1e-3

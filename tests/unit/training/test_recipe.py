@@ -161,6 +161,7 @@ def test_relative_paths_are_the_recipes_own(tmp_path, monkeypatch):
             "data": {"code": "code.jsonl", "text": ["/data/a.jsonl", "package://ultrafuser/demo/b.jsonl"]},
             "heldout": {"code": ["../held.jsonl"]},
             "gate": {"start": "fused"},
+            "stage1": {"cache_states": "states"},
         },
     )
     assert recipe.specialists["code"].model == str(tmp_path / "coder")
@@ -170,6 +171,7 @@ def test_relative_paths_are_the_recipes_own(tmp_path, monkeypatch):
     assert recipe.data["code"] == [str(tmp_path / "code.jsonl")]
     assert recipe.data["text"] == ["/data/a.jsonl", "package://ultrafuser/demo/b.jsonl"]
     assert recipe.heldout["code"] == [str(tmp_path.parent / "held.jsonl")]
+    assert recipe.stage1.cache_states == str(tmp_path / "states")
     assert recipe.gate.start == str(tmp_path / "fused")
     single = read(tmp_path, {**SINGLE, "model": "coder", "adapter": "adapter"}, SpecializeRecipe)
     assert (single.model, single.adapter) == (str(tmp_path / "coder"), str(tmp_path / "adapter"))
