@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse, open_fused, save_fused
 from ultrafuser.modeling.configuration import UltraFuserConfig
+from ultrafuser.modeling.membership import add_specialist, drop_specialist
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "SpecialistSource",
     "UltraFuserConfig",
     "UltraFuserForCausalLM",
+    "add_specialist",
+    "drop_specialist",
     "fuse",
     "open_fused",
     "save_fused",

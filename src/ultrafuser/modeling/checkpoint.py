@@ -33,7 +33,7 @@ from ultrafuser.files import atomic_write
 from ultrafuser.fusion.gate import GateForm
 from ultrafuser.modeling import sources
 from ultrafuser.modeling.configuration import BankKind, SpecialistConfig, UltraFuserConfig
-from ultrafuser.modeling.lora import Adapter
+from ultrafuser.modeling.lora import Adapter, fold_adapters, unfold
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import (
     AdapterSpecialists,
@@ -184,15 +184,14 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """A plain model with a LoRA adapter added to its weights.
 
     Args:
-        model: the base; it is used up.
+        model: the base; changed in place.
         adapter: what to add.
 
     Returns:
-        A model of the same architecture and dtype.
+        The same model.
     """
-    architecture, dtype = model.config, model.dtype
-    merged = AdapterSpecialists(model, {"merged": adapter}).merged_tensors("merged")
-    return model_from_tensors(architecture, merged, dtype)
+    unfold(model, fold_adapters(model, [adapter]))
+    return model.eval()
 
 
 def model_from_tensors(
@@ -556,7 +555,7 @@ def _as_device(device_map: Any) -> torch.device:
             )
         device_map = devices.pop()
     if device_map == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return torch.device(device_map)
 
 

@@ -13,6 +13,9 @@ from ultrafuser.fusion.gate import GateForm
 BankKind = Literal["whole", "adapters"]
 BANK_KINDS: tuple[BankKind, ...] = get_args(BankKind)
 
+RESERVED_NAMES = ("uniform", "fused")
+"""Rows of loss tables beside the specialists."""
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -41,6 +44,10 @@ class SpecialistConfig:
     adapter_config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.name in RESERVED_NAMES:
+            raise UltrafuserError(
+                f"specialist name {self.name!r} means a row of the loss tables. Rename it."
+            )
         if not _NAME.fullmatch(self.name):
             raise UltrafuserError(
                 f"specialist name {self.name!r} must be letters, digits, '_' and '-', starting with a letter: "

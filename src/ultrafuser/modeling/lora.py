@@ -297,9 +297,11 @@ def fold_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> list[FoldedL
     """
     linears = dict(_linears(model))
     targets = _checked_targets(adapters, linears)
+    paths = list(linears)
+    del linears  # or every original layer would live until the last one is replaced
     folded = []
     done: set[str] = set()
-    for path in linears:
+    for path in paths:
         if path not in targets or path in done:
             continue
         parent_path, _, name = path.rpartition(".")
@@ -323,7 +325,8 @@ def unfold(model: nn.Module, layers: Sequence[FoldedLinear]) -> None:
     for layer in layers:
         assert layer.num_specialists == 1
         biases = [None] * len(layer.paths) if layer.bias is None else layer.bias.split(layer.out_sizes)
-        for (name, weight), bias in zip(layer.merged_weight(0), biases, strict=True):
+        for (name, weight), present, row in zip(layer.merged_weight(0), layer.has_bias, biases, strict=True):
+            bias = row if present else None
             parent, _, leaf = name.removesuffix(".weight").rpartition(".")
             plain = nn.Linear(1, 1, bias=bias is not None, device="meta")
             plain.weight = nn.Parameter(weight.detach().clone())

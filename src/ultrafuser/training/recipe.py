@@ -203,8 +203,8 @@ class SpecializeRecipe(_RunSettings):
         default=0.0,
         ge=0,
         lt=1,
-        description="share of the weights it went on from in the result; both are averaged "
-        "(WiSE-FT, arXiv 2109.01903)",
+        description="share of the start in the result: trained tensors (of an adapter: its low-rank factors) are "
+        "averaged with those it went on from, as in WiSE-FT (arXiv 2109.01903)",
     )
     stage: StageSettings
     gradient_checkpointing: bool = False

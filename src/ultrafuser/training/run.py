@@ -276,6 +276,11 @@ def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
             f"{', '.join(other.bank.names)}, which cannot start a {mine.form} gate of size {mine.gate_size} "
             f"over {', '.join(model.bank.names)}. Leave gate.start out."
         )
+    if not set(model.bank.names) & set(other.bank.names):
+        raise RecipeError(
+            f"gate.start: {source} and this recipe have no specialist in common, so nothing can be taken over. "
+            "Leave gate.start out."
+        )
     for index, name in enumerate(model.bank.names):
         if name in other.bank.names:
             mine.networks[index].load_state_dict(theirs.networks[other.bank.names.index(name)].state_dict())
@@ -338,7 +343,7 @@ def _finish_single(recipe: SpecializeRecipe, fused: FusedModel, start: Sequence[
     fused.model.requires_grad_(False)
     tuned = _tuned(recipe, fused)
     for parameter, before in zip(tuned, start, strict=False):  # no start, no averaging
-        parameter.lerp_(before.to(parameter.dtype), recipe.start_share)
+        parameter.lerp_(before.to(parameter), recipe.start_share)  # training may have moved it to a GPU
     hold_in(tuned, getattr(torch, recipe.dtype) if recipe.train == "full" else torch.bfloat16)
 
 
