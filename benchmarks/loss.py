@@ -23,8 +23,9 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -80,14 +81,18 @@ class Inputs:
         torch.set_num_threads(problem.threads)
         torch.manual_seed(0)
         heads, _, training = problem.case.partition("/")
-        settings = {"dtype": problem.dtype, "device": problem.device}
+        settings: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
         tokens, count = problem.num_tokens, problem.num_specialists
         weights = [
-            torch.randn(problem.vocab_size, problem.hidden_size, **settings).requires_grad_(training == "trained")
+            torch.randn(problem.vocab_size, problem.hidden_size, **settings).requires_grad_(
+                training == "trained"
+            )
             for _ in range(count if heads == "separate" else 1)
         ]
         width = problem.hidden_size
-        states = [torch.randn(tokens, width, **settings).div_(width**0.5).requires_grad_() for _ in range(count)]
+        states = [
+            torch.randn(tokens, width, **settings).div_(width**0.5).requires_grad_() for _ in range(count)
+        ]
         return cls(
             problem=problem,
             hidden_states=states,
@@ -106,8 +111,10 @@ class Inputs:
 def plain(inputs: Inputs, weights: Tensor) -> Tensor:
     """The formula as it is written: all specialists' logits at once."""
     heads = inputs.heads * (inputs.problem.num_specialists // len(inputs.heads))
-    specialist_logits = [state @ head.weight.t() for state, head in zip(inputs.hidden_states, heads, strict=True)]
-    fused = sum(weights[:, [j]] * logits for j, logits in enumerate(specialist_logits))
+    specialist_logits = [
+        state @ head.weight.t() for state, head in zip(inputs.hidden_states, heads, strict=True)
+    ]
+    fused = reduce(torch.add, (weights[:, [j]] * logits for j, logits in enumerate(specialist_logits)))
     return F.cross_entropy(fused, inputs.labels)
 
 
@@ -120,7 +127,9 @@ def torch_chunked(inputs: Inputs, weights: Tensor) -> Tensor:
     """PyTorch's own chunked linear cross-entropy, with its default choice of chunks."""
     factors, heads = scale_hidden_states(inputs.hidden_states, weights, inputs.heads)
     options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(torch.cat(factors, -1), torch.cat(heads, -1), inputs.labels, options=options)
+    return F.linear_cross_entropy(
+        torch.cat(factors, -1), torch.cat(heads, -1), inputs.labels, options=options
+    )
 
 
 def chunked(inputs: Inputs, weights: Tensor) -> Tensor:
@@ -130,7 +139,11 @@ def chunked(inputs: Inputs, weights: Tensor) -> Tensor:
     )
 
 
-METHODS: dict[str, Callable[[Inputs, Tensor], Tensor]] = {"plain": plain, "product": product, "chunked": chunked}
+METHODS: dict[str, Callable[[Inputs, Tensor], Tensor]] = {
+    "plain": plain,
+    "product": product,
+    "chunked": chunked,
+}
 if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
     METHODS["torch"] = torch_chunked
 
@@ -198,7 +211,10 @@ def measure_time(problems: Sequence[Problem], repeats: int, clock: Clock) -> dic
     timings = {}
     for problem in problems:
         inputs = Inputs.of(problem)
-        work = {method: lambda method=method: forward_backward(inputs, method) for method in METHODS}
+        work = {
+            method: lambda inputs=inputs, method=method: forward_backward(inputs, method)
+            for method in METHODS
+        }
         for method, timing in time_interleaved(work, repeats, 0, clock, f"time {problem.case}").items():
             timings[problem.case, method] = timing
     return timings
@@ -217,7 +233,9 @@ def metrics_of(
             if other in METHODS:
                 memory = peaks[case, "chunked"] / peaks[case, other]
                 metrics[f"memory_ratio{suffix}/{case}"] = memory
-                metrics[f"time_ratio{suffix}/{case}"] = timings[case, "chunked"].ratio_to(timings[case, other])
+                metrics[f"time_ratio{suffix}/{case}"] = timings[case, "chunked"].ratio_to(
+                    timings[case, other]
+                )
     if MAIN_CASE in cases:
         metrics["memory_ratio"] = metrics[f"memory_ratio/{MAIN_CASE}"]
         metrics["time_ratio"] = metrics[f"time_ratio/{MAIN_CASE}"]
@@ -231,7 +249,9 @@ def table_of(
     differences: dict[str, dict[str, float]],
 ) -> Table:
     """One row per case and method; ratios are to the plain formula of the same case."""
-    table = Table("case", "method", "peak MB", "x plain", "median s", "min-max", "x plain", "gradients off by")
+    table = Table(
+        "case", "method", "peak MB", "x plain", "median s", "min-max", "x plain", "gradients off by"
+    )
     for case in cases:
         for method in METHODS:
             timing = timings[case, method]
@@ -260,8 +280,12 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
-    clock: Annotated[Clock, typer.Option(help="Elapsed time, or processor time on a busy machine.")] = Clock.WALL,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write metrics and provenance here.")] = None,
+    clock: Annotated[
+        Clock, typer.Option(help="Elapsed time, or processor time on a busy machine.")
+    ] = Clock.WALL,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write metrics and provenance here.")
+    ] = None,
 ) -> None:
     """Peak memory and time of the chunked fused cross-entropy against the plain formula."""
     unknown = [name for name in case if name not in CASES]
@@ -297,7 +321,9 @@ def main(
         settings = {"tokens": tokens, "vocab_size": vocab_size, "hidden_size": hidden_size,
                     "specialists": specialists, "chunk_tokens": chunk_tokens, "dtype": dtype, "device": device,
                     "threads": threads, "repeats": repeats, "clock": str(clock), "load": load}  # fmt: skip
-        write_metrics(json_file, metrics_of(case, peaks, timings), provenance(**settings, main_case=MAIN_CASE))
+        write_metrics(
+            json_file, metrics_of(case, peaks, timings), provenance(**settings, main_case=MAIN_CASE)
+        )
 
 
 if __name__ == "__main__":

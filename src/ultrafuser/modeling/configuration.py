@@ -45,9 +45,7 @@ class SpecialistConfig:
 
     def __post_init__(self) -> None:
         if self.name in RESERVED_NAMES:
-            raise UltrafuserError(
-                f"specialist name {self.name!r} means a row of the loss tables. Rename it."
-            )
+            raise UltrafuserError(f"specialist name {self.name!r} means a row of the loss tables. Rename it.")
         if not _NAME.fullmatch(self.name):
             raise UltrafuserError(
                 f"specialist name {self.name!r} must be letters, digits, '_' and '-', starting with a letter: "
