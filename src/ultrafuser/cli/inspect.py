@@ -151,4 +151,4 @@ def _read(data: list[str], max_rows: int | None) -> "dict[str, list[Messages]]":
         if not (domain and separator and path):
             raise DataError(f"--data must be DOMAIN=FILE, such as text=held-out.jsonl, got {entry!r}.")
         files.setdefault(domain, []).append(path)
-    return load_domain_conversations(files, max_rows)
+    return {domain: rows[:max_rows] for domain, rows in load_domain_conversations(files).items()}
