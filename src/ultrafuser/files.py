@@ -27,8 +27,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = scratch / target.name
     try:
         yield temporary
+        replaced = scratch / "replaced"
         if temporary.is_dir() and target.is_dir():
-            os.replace(target, scratch / "replaced")  # a rename cannot replace a folder that holds something
-        os.replace(temporary, target)
+            os.replace(target, replaced)  # a rename cannot replace a folder that holds something
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

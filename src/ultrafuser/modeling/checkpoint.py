@@ -378,7 +378,8 @@ def export_adapter(
     member = next(m for m in model.config.members if m.name == name)
     skipped = ("peft_type", "auto_mapping", "init_lora_weights")  # how it began no longer matters
     config = LoraConfig(**{k: v for k, v in settings.items() if k in known and k not in skipped})
-    config.base_model_name_or_path = settings.get("base_model_name_or_path") or member.model
+    named = settings.get("base_model_name_or_path")
+    config.base_model_name_or_path = member.model if named is None else named
     config.inference_mode = True
     with atomic_write(folder) as scratch:
         scratch.mkdir()
