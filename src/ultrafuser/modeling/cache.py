@@ -1,12 +1,67 @@
 """Keys and values of all specialists of a fused model, behind the one interface that `generate` knows."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ultrafuser.errors import UltrafuserError
+
+ROOM_POSITIONS = 64
+"""Positions that a cache layer keeps free at least when it grows."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer that keeps room for more positions: a decode step writes one instead of copying all."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append positions.
+
+        Args:
+            key_states: float, (B, heads, T, head size).
+            value_states: float, (B, heads, T, head size).
+            *args: not read.
+            **kwargs: not read.
+
+        Returns:
+            All keys and all values; views of the room, valid until the next crop and update.
+        """
+        if torch.is_grad_enabled():  # what backward needs must not be written over
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, past: Tensor, new: Tensor) -> Tensor:
+        length = past.shape[-2] if past.numel() else 0
+        needed = length + new.shape[-2]
+        room = self._rooms.get(name)
+        if room is None or not _begins_with(room, past, needed):
+            shape = (*new.shape[:-2], needed + max(ROOM_POSITIONS, needed // 4), new.shape[-1])
+            room = self._rooms[name] = new.new_empty(shape)
+            if length:
+                room.narrow(-2, 0, length).copy_(past)
+        room.narrow(-2, length, needed - length).copy_(new)
+        return room.narrow(-2, 0, needed)
+
+
+def _begins_with(room: Tensor, past: Tensor, needed: int) -> bool:
+    """Whether `past` is the beginning of `room` (not a selection of its rows) and `room` has `needed` positions."""
+    same = room.data_ptr() == past.data_ptr() and room.shape[0] == past.shape[0]
+    return same and room.shape[-2] >= needed and room.is_inference() == torch.is_inference_mode_enabled()
 
 
 class FusedCache(Cache):
@@ -23,6 +78,8 @@ class FusedCache(Cache):
     def __init__(self, parts: Sequence[DynamicCache], num_specialists: int) -> None:
         super().__init__(layers=[])
         self.parts = list(parts)
+        for part in self.parts:
+            part.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in part.layers]
         self.num_specialists = num_specialists
         self._mask_BNT: Tensor | None = None
         self._length = 0

@@ -8,9 +8,9 @@ of small operations and of bytes read, that is what keeps N adapters near the co
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -144,6 +144,32 @@ def check_lora_config(config: Mapping[str, Any], source: str) -> None:
             )
 
 
+class _LowRank(NamedTuple):
+    """The low-rank parts of joined layers as two products, in `dtype`; what they were made from, and its state then.
+
+    down is (N, in_features, R), R the sum of the layers' ranks; up is (N, R, sum of out_features), block-diagonal.
+    """
+
+    dtype: torch.dtype
+    down: Tensor
+    up: Tensor
+    sources: tuple[Tensor, ...]
+    state: list[int]
+
+
+def _state(tensors: Sequence[Tensor]) -> list[int]:
+    """What differs after tensors were changed in place or given other storage."""
+    return [tensor._version for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Outputs of a joined product that siblings have yet to ask for, by index, and the input they belong to."""
+
+    input: Tensor | None = None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+
 class FoldedLinear(nn.Module):
     """One or several joined linear layers over one input, with N low-rank updates each.
 
@@ -172,9 +198,8 @@ class FoldedLinear(nn.Module):
         stacks = [_stack(adapters, path, linear) for path, linear in zip(self.paths, linears, strict=True)]
         self.lora_A = nn.ParameterList([nn.Parameter(down, requires_grad=False) for down, _ in stacks])
         self.lora_B = nn.ParameterList([nn.Parameter(up, requires_grad=False) for _, up in stacks])
-        self._assembled: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-        self._last_input: Tensor | None = None
-        self._last_outputs: list[Tensor | None] = []
+        self._assembled: _LowRank | None = None
+        self._waiting = _Waiting()
 
     def forward(self, x: Tensor) -> Tensor:
         """The joined outputs side by side.
@@ -186,27 +211,32 @@ class FoldedLinear(nn.Module):
             (N * B, T, sum of out_features).
         """
         base = F.linear(x, self.weight, self.bias)
-        # Under autocast the base's product is not in the dtype of x.
-        rows = x.reshape(self.num_specialists, -1, x.shape[-1]).to(base.dtype)
+        rows = x.reshape(self.num_specialists, -1, x.shape[-1])
         if torch.is_grad_enabled():
             # An optimiser's step may follow, and a fused one leaves no trace on the tensors it changes.
             self._assembled = None
-            update = self._trained_update(rows)
-            return base + update.view_as(base)
-        down, up = self._assemble(base.dtype)
-        base.view(self.num_specialists, -1, base.shape[-1]).baddbmm_(torch.bmm(rows, down), up)
+            trained = self._trained_update(rows.to(base.dtype))  # autocast: base is not in the dtype of x
+            return base + trained.view_as(base)
+        # A CPU spends more on setting up a bfloat16 product of a few rows than on computing it in float32.
+        dtype = torch.promote_types(base.dtype, torch.float32) if base.is_cpu else base.dtype
+        update = self._low_rank(dtype)
+        inner = torch.bmm(rows.to(dtype), update.down)
+        outputs = base.view(self.num_specialists, -1, base.shape[-1])
+        if base.dtype == dtype:
+            outputs.baddbmm_(inner, update.up)
+        else:
+            outputs.add_(torch.bmm(inner, update.up))
         return base
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """Output of one of the joined layers; the first sibling asked computes for all that read the same tensor."""
-        if self._last_input is not x or self._last_outputs[index] is None:
-            self._last_outputs = list(self(x).split(self.out_sizes, dim=-1))
-            self._last_input = x
-        output = self._last_outputs[index]
-        assert output is not None
-        self._last_outputs[index] = None
-        if all(waiting is None for waiting in self._last_outputs):
-            self._last_input = None
+        waiting = self._waiting
+        if waiting.input is not x or index not in waiting.outputs:
+            waiting.outputs = dict(enumerate(self.forward(x).split(self.out_sizes, dim=-1)))
+            waiting.input = x
+        output = waiting.outputs.pop(index)
+        if not waiting.outputs:
+            waiting.input = None
         return output
 
     def _trained_update(self, rows: Tensor) -> Tensor:
@@ -222,21 +252,28 @@ class FoldedLinear(nn.Module):
         ]
         return torch.cat(ups, dim=-1)
 
-    def _assemble(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All low-rank parts as two matrices, the second block-diagonal; kept until a tensor changes."""
-        tensors = [*self.lora_A, *self.lora_B]
-        key = (dtype, tensors[0].device, *((t.data_ptr(), t._version) for t in tensors))
-        if self._assembled is None or self._assembled[0] != key:
-            down = torch.cat([a.detach().to(dtype) for a in self.lora_A], dim=1).transpose(1, 2).contiguous()
-            scale = tensors[0].new_tensor(self.scalings).view(-1, 1, 1)
-            blocks = [(b.detach() * scale.to(b)).to(dtype).transpose(1, 2) for b in self.lora_B]
-            up = torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])
-            self._assembled = (key, down, up)
-        return self._assembled[1], self._assembled[2]
+    def _low_rank(self, dtype: torch.dtype) -> "_LowRank":
+        """All low-rank parts, kept until a tensor changes. Every decode step asks for them in every layer."""
+        kept = self._assembled
+        if kept is None or kept.dtype != dtype or kept.state != _state(kept.sources):
+            kept = self._assembled = self._assemble(dtype)
+        return kept
+
+    def _assemble(self, dtype: torch.dtype) -> "_LowRank":
+        sources = (*self.lora_A, *self.lora_B)
+        down = torch.cat([a.detach().to(dtype) for a in self.lora_A], dim=1).transpose(1, 2).contiguous()
+        scale = sources[0].new_tensor(self.scalings).view(-1, 1, 1)
+        blocks = [(b.detach() * scale.to(b)).to(dtype).transpose(1, 2) for b in self.lora_B]
+        up = torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])
+        return _LowRank(dtype, down, up, sources, _state(sources))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FoldedLinear":
         self._assembled = None
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._assembled = None
+        super()._load_from_state_dict(*args)
 
     def train(self, mode: bool = True) -> "FoldedLinear":
         """Switch between training and evaluation; parts are assembled anew."""
@@ -269,17 +306,18 @@ class FoldedLinear(nn.Module):
 class _Part(nn.Module):
     """Stands where one of several joined layers stood."""
 
+    _part_of: FoldedLinear
+
     def __init__(self, joined: FoldedLinear, index: int) -> None:
         super().__init__()
         # The first part owns the joined layer; the others only know it, so that it is registered once.
         if index == 0:
             self.joined = joined
-        else:
-            object.__setattr__(self, "joined", joined)
+        object.__setattr__(self, "_part_of", joined)
         self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.joined.part(self.index, x)
+        return self._part_of.part(self.index, x)
 
 
 def fold_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> list[FoldedLinear]:

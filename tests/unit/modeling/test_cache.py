@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import fused_over, randomise_gate, tiny_model
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ultrafuser.errors import UltrafuserError
-from ultrafuser.modeling.cache import FusedCache
+from ultrafuser.modeling.cache import ROOM_POSITIONS, FusedCache, RoomyLayer
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 
@@ -156,3 +157,58 @@ def test_the_gate_sees_the_same_states_with_and_without_cache(fused, prompts):
             specialist_input_ids=prompts[0], specialist_attention_mask=prompts[1], past_key_values=cache
         )
     assert close(cached.gate_weights, whole.gate_weights)
+
+
+def states(length: int, rows: int = 2, requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(
+        rows, 3, length, 4, generator=torch.Generator().manual_seed(length), requires_grad=requires_grad
+    )
+
+
+def test_a_layer_with_room_holds_what_a_dynamic_layer_holds():
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    steps = [
+        *[lambda layer, n=n: layer.update(states(n), -states(n)) for n in (5, 1, 1, ROOM_POSITIONS, 2)],
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.update(states(1), -states(1)),
+        lambda layer: layer.batch_select_indices(torch.tensor([1, 1, 0])),
+        lambda layer: layer.update(states(4, rows=3), -states(4, rows=3)),
+        lambda layer: layer.reorder_cache(torch.tensor([2, 0, 1])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.update(states(1, rows=6), -states(1, rows=6)),
+        lambda layer: layer.reset(),
+        lambda layer: layer.update(states(3), -states(3)),
+    ]
+    with torch.no_grad():
+        for step in steps:
+            step(roomy)
+            step(plain)
+            assert roomy.get_seq_length() == plain.get_seq_length()
+            if plain.is_initialized:
+                assert torch.equal(roomy.keys, plain.keys)
+                assert torch.equal(roomy.values, plain.values)
+
+
+def test_a_decode_step_moves_nothing_until_the_room_is_full():
+    layer = RoomyLayer()
+    with torch.no_grad():
+        layer.update(states(5), states(5))
+        start = layer.keys.data_ptr()
+        for _ in range(ROOM_POSITIONS):
+            layer.update(states(1), states(1))
+        assert layer.keys.data_ptr() == start
+        layer.update(states(1), states(1))
+        assert layer.keys.data_ptr() != start
+
+
+def test_room_is_not_written_over_where_gradients_or_inference_mode_forbid_it():
+    layer = RoomyLayer()
+    with torch.inference_mode():
+        layer.update(states(5), states(5))
+    with torch.no_grad():
+        layer.update(states(1), states(1))
+    new = states(2, requires_grad=True)
+    keys, _ = layer.update(new, new)
+    keys.sum().backward()
+    assert torch.equal(new.grad, torch.ones_like(new))
+    assert torch.equal(layer.keys, torch.cat([states(5), states(1), states(2)], dim=-2))

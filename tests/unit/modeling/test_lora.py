@@ -99,7 +99,7 @@ def test_the_joined_product_is_computed_once(folded, monkeypatch):
     for name in ("q_proj", "k_proj", "v_proj"):
         getattr(block, name)(x)
     assert len(calls) == 1
-    assert joined._last_input is None  # nothing is kept alive
+    assert joined._waiting.input is None  # nothing is kept alive
     block.q_proj(x)
     block.q_proj(x)  # asked again for the same: not handed out twice, since it may have been changed in place
     assert len(calls) == 3
