@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 from ultrafuser.fusion import Gate
 from ultrafuser.fusion.gate import GateForm
-from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse
+from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
 from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank

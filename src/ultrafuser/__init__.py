@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
-from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse, open_fused, save_fused
+from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
+from ultrafuser.modeling.checkpoint import open_fused, save_fused
 from ultrafuser.modeling.configuration import UltraFuserConfig
 from ultrafuser.modeling.membership import add_specialist, drop_specialist
 from ultrafuser.modeling.model import UltraFuserForCausalLM

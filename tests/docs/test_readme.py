@@ -66,13 +66,13 @@ def test_python_runs(
     capsys: pytest.CaptureFixture,
 ):
     """Both snippets, one after the other, with tiny models in place of the hub's."""
-    resolve = sources.resolve_model
+    local = sources._local
     folders = {
         name: save_model(tmp_path / str(index), tiny_model("llama", seed=index), tokenizer)
         for index, name in enumerate(re.findall(r'model="(Qwen/[^"]+)"', README))
     }
     assert len(folders) == 3
-    monkeypatch.setattr(sources, "resolve_model", lambda source: resolve(folders.get(source, source)))
+    monkeypatch.setattr(sources, "_local", lambda source: local(str(folders.get(source, source))))
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
     assert len(snippets) == 2

@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ultrafuser.errors import RecipeError
+from ultrafuser.errors import DataError, RecipeError
 from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe, read_recipe
-from ultrafuser.training.run import check_folder, train
+from ultrafuser.training.run import check_folder, specialize, train
 from ultrafuser.training.trainer import last_checkpoint
 
 STEPS = {"stage1": 24, "stage2": 20}
@@ -121,6 +122,112 @@ def test_an_output_folder_belongs_to_one_run(runs, toys, tmp_path):
         check_folder(tmp_path, settings, resume=True)
     with pytest.raises(RecipeError, match=re.escape("notes.txt is a file")):
         check_folder(tmp_path / "notes.txt", settings, resume=False)
+
+
+@pytest.fixture(scope="module")
+def own(toys, tmp_path_factory):
+    """A finished run, and a specialist, over copies of the toys, so that they can be changed."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(toys.folder, folder / "toys")
+    mine = replace(toys, folder=folder / "toys")
+    stage = {"steps": 2, "examples_per_domain": 2}
+    fusion = FusionRecipe.model_validate(mine.recipe("adapters", stage1=stage, stage2=None, heldout={}))
+    train(fusion, folder / "fused")
+    single = {"model": str(mine.folder / "base"), "data": mine.files(), "stage": stage, "dtype": "float32"}
+    specialize(SpecializeRecipe.model_validate(single), folder / "single")
+    return folder, fusion, SpecializeRecipe.model_validate(single)
+
+
+def add_a_row(toys):
+    path = toys / "digits.train.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+
+
+def change_a_letter(toys):
+    path = toys / "letters.train.jsonl"
+    path.write_text(path.read_text().replace("letters 3?", "letters 4?"))
+
+
+def train_further(path):
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, path, {"format": "pt"})
+
+
+def change_the_base(toys):
+    train_further(toys / "base/model.safetensors")
+
+
+def change_an_adapter(toys):
+    train_further(toys / "base-digits/adapter_model.safetensors")
+
+
+def change_a_scale(toys):
+    path = toys / "base-digits/adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+
+
+def change_the_template(toys):
+    path = toys / "base/chat_template.jinja"
+    path.write_text("Be brief. " + path.read_text())
+
+
+SIZE = r"[\d,]+ bytes, sha256 \w{16}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "both"),
+    [
+        (add_a_row, rf"data\.digits \(.*digits\.train\.jsonl\) was {SIZE} then, and is {SIZE} now", True),
+        (change_a_letter, rf"data\.letters \(.*letters\.train\.jsonl\) was {SIZE} then", True),
+        (change_the_base, r"base was sha256 \w{16} then, and is sha256 \w{16} now\. Put back", True),
+        (change_an_adapter, r"specialists\.digits was sha256", False),
+        (change_a_scale, r"specialists\.digits was sha256", False),
+        (change_the_template, r"tokens was 24 conversations, sha256", True),
+    ],
+)
+def test_a_resume_needs_what_the_run_began_with(own, change, message, both):
+    folder, fusion, single = own
+    kept = folder / "kept"
+    shutil.copytree(folder / "toys", kept)
+    change(folder / "toys")
+    try:
+        with pytest.raises(RecipeError, match=f"holds a run that began with other inputs: {message}"):
+            train(fusion, folder / "fused", resume=True)
+        if both:
+            with pytest.raises(RecipeError, match=message):
+                specialize(single, folder / "single", resume=True)
+    finally:
+        shutil.rmtree(folder / "toys")
+        kept.rename(folder / "toys")
+    train(fusion, folder / "fused", resume=True)  # put back, it goes on
+
+
+def test_a_resume_needs_its_files(own):
+    folder, fusion, _ = own
+    file = folder / "toys/digits.train.jsonl"
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(DataError, match=r"digits\.train\.jsonl: cannot be read"):
+        train(fusion, folder / "fused", resume=True)
+    file.write_bytes(content)
+
+
+def test_a_run_killed_before_it_knew_its_inputs_can_go_on(own, tmp_path):
+    folder, fusion, _ = own
+    shutil.copytree(folder / "fused", tmp_path / "fused")
+    inputs = (tmp_path / "fused/inputs.json").read_text()
+    (tmp_path / "fused/inputs.json").unlink()
+    train(fusion, tmp_path / "fused", resume=True)
+    assert (tmp_path / "fused/inputs.json").read_text() == inputs
+
+
+@pytest.mark.parametrize("section", ["data", "specialists"])
+def test_order_belongs_to_a_run(own, section):
+    folder, fusion, _ = own
+    turned = dict(reversed(getattr(fusion, section).items()))
+    with pytest.raises(RecipeError, match="specialists or domains stand in another order"):
+        train(fusion.model_copy(update={section: turned}), folder / "fused", resume=True)
 
 
 def test_the_seed_decides_the_run(runs, toys):

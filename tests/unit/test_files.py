@@ -1,6 +1,7 @@
 """`atomic_write`: the finished file or folder, or what was there before; nothing is left over."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,41 @@ def test_file_does_not_replace_a_folder(tmp_path):
         temporary.write_text("a file")
     assert (target / "weights").read_text() == "old"
     assert names(tmp_path) == ["model"]
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request):
+    """Files that `open` makes get 666 without these bits."""
+    former = os.umask(request.param)
+    yield request.param
+    os.umask(former)
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_get_the_mode_that_open_gives(tmp_path, umask):
+    """Libraries write through files of their own, which only the owner may read."""
+    with atomic_write(tmp_path / "model") as temporary:
+        write_folder(temporary, config="{}", weights="private")
+        write_folder(temporary / "deeper", weights="private")
+        for path in (temporary / "weights", temporary / "deeper" / "weights"):
+            path.chmod(0o600)
+    with atomic_write(tmp_path / "report.json") as temporary:
+        temporary.write_text("{}")
+        temporary.chmod(0o600)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 4
+    assert {mode(path) for path in written} == {0o666 & ~umask}
+    assert {mode(path) for path in tmp_path.rglob("*") if path.is_dir()} == {0o777 & ~umask}
+
+
+def test_what_a_link_points_to_keeps_its_mode(tmp_path, umask):
+    (tmp_path / "elsewhere").write_text("private")
+    (tmp_path / "elsewhere").chmod(0o600)
+    with atomic_write(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        (temporary / "link").symlink_to(tmp_path / "elsewhere")
+    assert mode(tmp_path / "elsewhere") == 0o600
+    assert names(tmp_path / "model") == ["link"]

@@ -1,6 +1,6 @@
 """Imports point one way, and `import ultrafuser` stays cheap.
 
-    errors, files <- fusion <- modeling <- decoding, training <- evaluation, analysis, serving <- demo <- cli
+    errors, files, progress <- fusion <- modeling <- decoding, training <- evaluation, analysis, serving <- demo <- cli
 
 `synthesis` and `sandbox` stand alone: they know errors and files, nothing else of the package. The sources
 are parsed, not run, so that an import inside a function or behind `TYPE_CHECKING` counts like any other.
@@ -20,7 +20,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = "ultrafuser"
 
-FOUNDATION = {"errors", "files"}
+FOUNDATION = {"errors", "files", "progress"}
 MODEL = FOUNDATION | {"fusion", "modeling"}
 LIBRARY = MODEL | {"decoding", "training"}
 USES = LIBRARY | {"evaluation", "analysis", "serving", "sandbox"}
@@ -28,6 +28,7 @@ USES = LIBRARY | {"evaluation", "analysis", "serving", "sandbox"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "progress": set(),
     "fusion": FOUNDATION,
     "modeling": FOUNDATION | {"fusion"},
     "decoding": MODEL,

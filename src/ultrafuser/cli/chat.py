@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ultrafuser.decoding.stream import TokenStep
-    from ultrafuser.modeling.checkpoint import FusedModel
+    from ultrafuser.modeling.assembly import FusedModel
 
 _HELP = """\
 /only NAME  ask one specialist alone; /only asks all again

@@ -41,7 +41,6 @@ def demo(
     from ultrafuser.cli.chat import Chat
     from ultrafuser.cli.train import (
         HeldOut,
-        LazyBar,
         show,
         show_cache,
         show_data,
@@ -70,9 +69,8 @@ def demo(
         if folder is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrafuser-demo-"))
             folder = Path(scratch)
-        bar = stack.enter_context(LazyBar("Running the specialists once"))
         stack.enter_context(opening).enter_context(status_line("Opening the specialists"))
-        trained = train(settings, folder, resume=True, on_start=start, on_progress=bar.update)
+        trained = train(settings, folder, resume=True, on_start=start)
         show_cache(console, trained)
         measured = heldout.measure(trained)
         assert measured is not None

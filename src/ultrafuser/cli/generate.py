@@ -16,14 +16,14 @@ from ultrafuser.cli.opening import (
     JsonOption,
     ModelArgument,
     open_model,
-    progress_bar,
 )
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.errors import TemplateError, UltrafuserError
 from ultrafuser.files import atomic_write
+from ultrafuser.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ultrafuser.modeling.checkpoint import FusedModel
+    from ultrafuser.modeling.assembly import FusedModel
     from ultrafuser.modeling.templates import ConversationEncoder
     from ultrafuser.training.data import Prompt
 
@@ -180,14 +180,13 @@ def _answer_all(
             raise TemplateError(f"{asked.where}: {error}") from error
     torch.manual_seed(sampling.seed)
     rows: list[dict[str, Any]] = []
-    with progress_bar() as bar:
-        task = bar.add_task("Answering", total=len(prompts))
+    with ProgressBar("Answering") as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             for asked, answer in zip(batch, _answer(fused, encoder, batch, sampling, weights), strict=True):
                 named = {} if asked.id is None else {"id": asked.id}
                 rows.append({"index": len(rows), **named, **answer})
-            bar.update(task, completed=len(rows))
+            bar.update(len(rows), len(prompts))
     return rows
 
 

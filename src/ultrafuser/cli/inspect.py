@@ -12,15 +12,15 @@ from ultrafuser.cli.opening import (
     JsonOption,
     ModelArgument,
     open_model,
-    progress_bar,
     status_line,
 )
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.errors import DataError
+from ultrafuser.progress import ProgressBar
 
 if TYPE_CHECKING:
     from ultrafuser.analysis.traces import Measurement
-    from ultrafuser.modeling.checkpoint import FusedModel
+    from ultrafuser.modeling.assembly import FusedModel
     from ultrafuser.training.data import Messages
 
 
@@ -112,8 +112,7 @@ def measure_with_progress(
     from ultrafuser.analysis.measure import measure
 
     encoder = fused.model.conversation_encoder(fused.tokenizer)
-    with progress_bar() as bar:
-        task = bar.add_task("Measuring response tokens", total=None)
+    with ProgressBar("Measuring response tokens") as bar:
         return measure(
             fused.model,
             encoder,
@@ -121,7 +120,7 @@ def measure_with_progress(
             keep_traces=keep_traces,
             too_long="truncate" if truncate else "error",
             batch_tokens=batch_tokens,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=bar.update,
         )
 
 

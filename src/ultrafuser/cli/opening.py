@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
 
 if TYPE_CHECKING:
     import torch
 
-    from ultrafuser.modeling.checkpoint import FusedModel
+    from ultrafuser.modeling.assembly import FusedModel
 
 
 class Dtype(StrEnum):
@@ -58,7 +57,8 @@ def open_model(model: str, dtype: Dtype | None, device: str | None) -> "FusedMod
         from huggingface_hub.errors import HFValidationError
         from transformers.utils import logging
 
-        from ultrafuser.modeling.checkpoint import FusedModel, open_fused
+        from ultrafuser.modeling.assembly import FusedModel
+        from ultrafuser.modeling.checkpoint import open_fused
 
         logging.disable_progress_bar()
         target = _device(device)
@@ -77,18 +77,6 @@ def status_line(text: str) -> Iterator[None]:
     """A spinner with a text, on the terminal only and on stderr, while the block runs."""
     with Console(stderr=True).status(text):
         yield
-
-
-def progress_bar() -> Progress:
-    """A progress bar on stderr that leaves nothing behind."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 def _device(name: str | None) -> "torch.device":

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ultrafuser.cli.opening import JsonOption, progress_bar, status_line
+from ultrafuser.cli.opening import JsonOption, status_line
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.errors import DataError, TemplateError
+from ultrafuser.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from ultrafuser.analysis.traces import Measurement
     from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
     from ultrafuser.training.run import TrainedModel
@@ -74,7 +73,7 @@ def train(
             metrics.update({f"{name}/{key}": value for key, value in measured.metrics().items()})
             metrics.update(measured.metrics())  # the plain names are those of the last stage
 
-    with opening, LazyBar("Running the specialists once") as bar:
+    with opening:
         opening.enter_context(status_line("Opening the specialists"))
         trained = run(
             settings,
@@ -83,44 +82,10 @@ def train(
             resume=resume,
             on_start=start,
             on_stage=report,
-            on_progress=bar.update,
         )
     metrics.update(stage_metrics(trained))
     write_results(output, json_file, metrics, settings, recipe)
     console.print(f"The fused model is in {output}. Talk to it: ultrafuser chat {output}", soft_wrap=True)
-
-
-class LazyBar:
-    """A progress bar from the beginning of some work to its end; a line where there is no terminal.
-
-    Args:
-        title: what is going on.
-    """
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> "LazyBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def update(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total`."""
-        if self._bar is None:
-            self._bar = progress_bar()
-            self._bar.disable = not self._bar.console.is_terminal
-            if self._bar.disable:
-                self._bar.console.print(f"{self._title} ...")
-            self._bar.add_task(self._title, total=total)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done)
-        if done >= total:
-            self.__exit__()
 
 
 class HeldOut:
@@ -168,10 +133,11 @@ class HeldOut:
             trained: what a run gave.
         """
         from ultrafuser.analysis.measure import measure
+        from ultrafuser.training.run import is_main_process
 
         if not self._rows:
             return None
-        with LazyBar("Measuring response tokens") as bar:
+        with ProgressBar("Measuring response tokens", quiet=not is_main_process()) as bar:
             return measure(
                 trained.fused.model, trained.encoder, self._rows, too_long="truncate", progress=bar.update
             )
@@ -208,16 +174,16 @@ def show(console: Console, measured: "Measurement", title: str) -> None:
 
 
 def show_cache(console: Console, trained: "TrainedModel") -> None:
-    """Print what cached states cost and saved, where they were used."""
+    """Print what cached states cost, where they were used."""
     for result in trained.stages.values():
         if result.cache is not None:
             size = result.cache.num_bytes / 2**20
             made = f"made in {result.cache.seconds:.0f} s" if result.cache.seconds else "found"
-            console.print(f"Cached states: {size:.1f} MiB, {made}; they saved about {result.saved_s:.0f} s.")
+            console.print(f"Cached states: {size:.1f} MiB, {made}.")
 
 
 def stage_metrics(trained: "TrainedModel") -> Mapping[str, float]:
-    """Time of every stage, and what cached states cost and saved."""
+    """Time and last loss of every stage, and what cached states cost."""
     metrics: dict[str, float] = {}
     for name, result in trained.stages.items():
         metrics[f"seconds/{name}"] = result.seconds
@@ -226,7 +192,6 @@ def stage_metrics(trained: "TrainedModel") -> Mapping[str, float]:
         if result.cache is not None:
             metrics[f"cache_s/{name}"] = result.cache.seconds
             metrics[f"cache_bytes/{name}"] = float(result.cache.num_bytes)
-            metrics[f"cache_saved_s/{name}"] = result.saved_s
     return metrics
 
 

@@ -26,9 +26,11 @@ class SpecialistConfig:
     Attributes:
         name: letters, digits, `_` and `-`, starting with a letter; it prefixes the specialist's tensors.
         model: where its (base) weights come from: a folder, a hub id, or `package://<package>/<file>`.
-        model_revision: hub revision of `model`; None for the newest, or where there are no revisions.
+        model_revision: hub revision of `model`, the very commit after `fuse`; None where there are no revisions.
+        model_fingerprint: what the files of `model` were (see `fingerprint`); None for the hub, or when unknown.
         adapter: where its PEFT LoRA folder comes from; None for a model without adapter.
-        adapter_revision: hub revision of `adapter`.
+        adapter_revision: hub revision of `adapter`, likewise.
+        adapter_fingerprint: what the files of `adapter` were, likewise.
         template: its chat template, Jinja text; None when unknown (then no conversation can be encoded).
         model_config: the architecture, as its own configuration writes it.
         adapter_config: the PEFT configuration of its adapter, for adapters that are kept apart from their base.
@@ -37,8 +39,10 @@ class SpecialistConfig:
     name: str
     model: str | None = None
     model_revision: str | None = None
+    model_fingerprint: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
+    adapter_fingerprint: str | None = None
     template: str | None = None
     model_config: Mapping[str, Any] | None = None
     adapter_config: Mapping[str, Any] | None = None
@@ -132,6 +136,15 @@ class UltraFuserConfig(PretrainedConfig):
     def num_specialists(self) -> int:
         """N."""
         return len(self.specialists)
+
+
+def without_sources(config: UltraFuserConfig) -> UltraFuserConfig:
+    """The configuration of a model whose specialists were trained further: no longer what their sources hold."""
+    nowhere = dict.fromkeys(
+        ("model", "model_revision", "model_fingerprint", "adapter", "adapter_revision", "adapter_fingerprint")
+    )
+    members = [specialist | nowhere for specialist in config.specialists]
+    return UltraFuserConfig.from_dict(config.to_dict() | {"specialists": members})
 
 
 def _member(settings: Mapping[str, Any]) -> SpecialistConfig:

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors.torch import save_file
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.files import atomic_write
-from ultrafuser.modeling.checkpoint import (
-    FusedModel,
-    export_adapter,
-    export_specialist,
-    model_from_tensors,
-    save_fused,
-)
+from ultrafuser.modeling.assembly import FusedModel, model_from_tensors
+from ultrafuser.modeling.checkpoint import save_fused
 from ultrafuser.modeling.configuration import UltraFuserConfig
+from ultrafuser.modeling.lora import PEFT_PREFIX
 from ultrafuser.modeling.model import UltraFuserForCausalLM
+from ultrafuser.modeling.sources import ADAPTER_WEIGHTS
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 
 ExportForm = Literal["self-contained", "gate-only", "whole", "specialist", "adapter"]
@@ -110,6 +108,62 @@ def as_whole(fused: FusedModel) -> FusedModel:
     return FusedModel(whole.to(model.device).eval(), fused.tokenizer)
 
 
+def export_specialist(model: UltraFuserForCausalLM, name: str, folder: str | os.PathLike[str]) -> None:
+    """Write one specialist as a plain Hugging Face model (its adapter merged into the base).
+
+    Args:
+        model: the fused model.
+        name: of the specialist.
+        folder: where the model folder has to be.
+
+    Raises:
+        UltrafuserError: there is no specialist of that name.
+    """
+    _require_member(model, name)
+    architecture = model.bank.architectures()[model.bank.names.index(name)]
+    plain = model_from_tensors(architecture, model.bank.merged_tensors(name), model.dtype)
+    with atomic_write(folder) as scratch:
+        plain.save_pretrained(scratch)
+
+
+def export_adapter(
+    model: UltraFuserForCausalLM, name: str, folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
+    """Write one specialist's adapter as a PEFT folder.
+
+    Args:
+        model: a fused model over an adapter bank.
+        name: of the specialist.
+        folder: where the adapter folder has to be.
+        dtype: of the written tensors; None keeps the present one.
+
+    Raises:
+        UltrafuserError: no such specialist, or it has no adapter.
+    """
+    from peft import LoraConfig
+
+    _require_member(model, name)
+    bank = model.bank
+    settings = bank.adapter_configs[name] if isinstance(bank, AdapterSpecialists) else None
+    if not isinstance(bank, AdapterSpecialists) or settings is None:
+        raise UltrafuserError(f"specialist {name} has no adapter of its own. Export it as a whole model.")
+    tensors = {
+        PEFT_PREFIX + key: tensor.to(tensor.dtype if dtype is None else dtype).contiguous().clone()
+        for key, tensor in bank.adapter_tensors(name).items()
+    }
+    known = LoraConfig.__dataclass_fields__
+    member = next(m for m in model.config.members if m.name == name)
+    skipped = ("peft_type", "auto_mapping", "init_lora_weights")  # how it began no longer matters
+    config = LoraConfig(**{k: v for k, v in settings.items() if k in known and k not in skipped})
+    named = settings.get("base_model_name_or_path")
+    config.base_model_name_or_path = member.model if named is None else named
+    config.inference_mode = True
+    with atomic_write(folder) as scratch:
+        scratch.mkdir()
+        config.save_pretrained(scratch)
+        save_file(tensors, scratch / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
 def _export_whole_specialist(fused: FusedModel, name: str, folder: Path) -> None:
     export_specialist(fused.model, name, folder)
     member = next(member for member in fused.model.config.members if member.name == name)
@@ -120,3 +174,8 @@ def _export_whole_specialist(fused: FusedModel, name: str, folder: Path) -> None
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = own_template
+
+
+def _require_member(model: UltraFuserForCausalLM, name: str) -> None:
+    if name not in model.bank.names:
+        raise UltrafuserError(f"there is no specialist {name!r}; there are {', '.join(model.bank.names)}.")

@@ -13,7 +13,7 @@ import torch
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
 from ultrafuser.modeling import sources
-from ultrafuser.modeling.checkpoint import FusedModel, SpecialistSource, fuse, model_from_tensors
+from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse, model_from_tensors
 from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM

@@ -2,16 +2,19 @@
 
 `package://<package>/<path>` names data that a Python package carries. A path that ends in `.gguf` is a quantised
 model; it is dequantised once into a safetensors folder in the cache, since opening that is twenty times as quick.
+
+What a source is at the moment is said by a commit (hub) or a fingerprint of its files (folder, package).
 """
 
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,10 +25,12 @@ from transformers import (
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
 from ultrafuser.files import atomic_write
+from ultrafuser.modeling.fingerprint import fingerprint
 
 PACKAGE_SCHEME = "package://"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cache_folder() -> Path:
@@ -47,16 +52,13 @@ def resolve_model(source: str) -> str:
         UltrafuserError: the package is not installed or holds no such path.
         CheckpointError: a folder that holds weights only as pickles.
     """
-    if source.startswith(PACKAGE_SCHEME):
-        path = _package_path(source)
-        return str(_converted_gguf(path) if path.suffix == ".gguf" else path)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _refuse_pickles(folder)
-        return str(folder)
-    if source.startswith(("/", ".", "~")):
-        raise UltrafuserError(f"model {source!r}: there is no such folder. Give a model folder or a hub id.")
-    return source
+    path = _local(source)
+    if path is None:
+        return source
+    if path.is_dir():
+        _refuse_pickles(path)
+        return str(path)
+    return str(_converted_gguf(path) if path.suffix == ".gguf" else path)
 
 
 def resolve_adapter(source: str, revision: str | None = None) -> Path:
@@ -70,15 +72,8 @@ def resolve_adapter(source: str, revision: str | None = None) -> Path:
         UltrafuserError: there is no such folder or package.
         CheckpointError: the folder lacks `adapter_config.json` or `adapter_model.safetensors`.
     """
-    if source.startswith(PACKAGE_SCHEME):
-        folder = _package_path(source)
-    elif Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser()
-    elif source.startswith(("/", ".", "~")):
-        raise UltrafuserError(
-            f"adapter {source!r}: there is no such folder. Give a PEFT adapter folder or a hub id."
-        )
-    else:
+    folder = _local(source)
+    if folder is None:
         folder = Path(
             snapshot_download(source, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
         )
@@ -90,6 +85,41 @@ def resolve_adapter(source: str, revision: str | None = None) -> Path:
                 f"adapter {source!r}: expected {name}, {reason}. Save the adapter with safe_serialization=True."
             )
     return folder
+
+
+def pinned_revision(source: str, revision: str | None, file: str) -> str | None:
+    """The hub commit that a revision means now; other sources keep what they have.
+
+    Args:
+        source: see `resolve_model`.
+        revision: hub revision: a branch, a tag, a commit; None for the newest.
+        file: one that the repository holds; it is downloaded, if it is not in the cache.
+
+    Raises:
+        UltrafuserError: there is no such folder or package, or the hub does not have this.
+    """
+    if _local(source) is not None or (revision is not None and _COMMIT.fullmatch(revision)):
+        return revision
+    try:
+        path = Path(hf_hub_download(source, file, revision=revision))
+    except (OSError, ValueError) as error:
+        wanted = "" if revision is None else f" at revision {revision}"
+        raise UltrafuserError(
+            f"{source!r} is no folder, and {file} of that hub id{wanted} cannot be had: "
+            f"{_first_line(error)} Give a folder, or correct the id or the revision."
+        ) from error
+    commit = path.parent.name  # .../snapshots/<commit>/<file>
+    return commit if _COMMIT.fullmatch(commit) else revision
+
+
+def source_fingerprint(source: str) -> str | None:
+    """The `fingerprint` of what a source names on this machine; None for a hub id.
+
+    Raises:
+        UltrafuserError: there is no such folder or package.
+    """
+    path = _local(source)
+    return None if path is None else fingerprint(path)
 
 
 def resolve_file(source: str) -> Path:
@@ -200,6 +230,18 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _local(source: str) -> Path | None:
+    """The folder or file that a source names on this machine; None for a hub id."""
+    if source.startswith(PACKAGE_SCHEME):
+        return _package_path(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.startswith(("/", ".", "~")):
+        raise UltrafuserError(f"{source!r}: there is no such folder. Give a local folder or a hub id.")
+    return None
+
+
 def _package_path(source: str) -> Path:
     package, _, inner = source.removeprefix(PACKAGE_SCHEME).partition("/")
     # find_spec does not import the package: what it needs at run time may well not be installed.
@@ -228,7 +270,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _converted_gguf(path: Path) -> Path:
-    target = cache_folder() / f"{path.stem}-{path.stat().st_size}"
+    target = cache_folder() / f"{path.stem}-{fingerprint(path)[:16]}"
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from ultrafuser.files import atomic_write
 from ultrafuser.fusion.loss import IGNORE_INDEX
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.templates import ConversationEncoder, EncodedConversation
+from ultrafuser.training.inputs import describe_specialists, describe_tokens
 
-_MANIFEST = "manifest.json"
-_ROWS_PER_FILE = 512
+_ROWS_PER_FILE = 128
 _TOKENS_PER_PASS = 2048
 
 
@@ -36,17 +35,13 @@ class StateCache:
 
     Attributes:
         folder: that `StateDataset` reads.
-        seconds: spent now; 0 when states of the same specialists and conversations were found.
-        pass_s: what running the specialists over the data once took when the states were made.
+        seconds: spent now on making them; 0 when states of the same specialists and conversations were found.
         num_bytes: on disk.
-        num_tokens: response tokens, each with a state per specialist.
     """
 
     folder: Path
     seconds: float
-    pass_s: float
     num_bytes: int
-    num_tokens: int
 
 
 class StateDataset(Dataset[dict[str, Any]]):
@@ -57,9 +52,8 @@ class StateDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, folder: Path, conversations: Sequence[EncodedConversation]) -> None:
         self._conversations = conversations
-        self._open = ExitStack()
         files = sorted(folder.glob("states-*.safetensors"))
-        self._files = [self._open.enter_context(safe_open(path, framework="pt")) for path in files]
+        self._files = [safe_open(path, framework="pt") for path in files]
         self._num_specialists = len(conversations[0].input_ids)
 
     def __len__(self) -> int:
@@ -103,12 +97,11 @@ def cache_states(
     Returns:
         Where they are, and what it cost.
     """
-    folder = folder / _fingerprint(model, conversations)[:16]
-    num_tokens = sum(len(conversation.labels) for conversation in conversations)
+    folder = folder / _fingerprint(model, conversations)
     if folder.is_dir():  # it appears when it is complete
-        pass_s = json.loads((folder / _MANIFEST).read_text())["pass_s"]
-        return StateCache(folder, 0.0, pass_s, _size(folder), num_tokens)
+        return StateCache(folder, 0.0, _size(folder))
     start = time.perf_counter()
+    model.bank.eval()
     with atomic_write(folder) as scratch:
         scratch.mkdir()
         for number, first in enumerate(range(0, len(conversations), _ROWS_PER_FILE)):
@@ -119,9 +112,7 @@ def cache_states(
                 if on_progress is not None:
                     on_progress(first + len(tensors) // model.num_specialists, len(conversations))
             save_file(tensors, scratch / f"states-{number:05d}.safetensors")
-        pass_s = time.perf_counter() - start
-        (scratch / _MANIFEST).write_text(json.dumps({"pass_s": pass_s, "rows": len(conversations)}))
-    return StateCache(folder, pass_s, pass_s, _size(folder), num_tokens)
+    return StateCache(folder, time.perf_counter() - start, _size(folder))
 
 
 @torch.no_grad()
@@ -157,16 +148,9 @@ def _by_length(conversations: Sequence[EncodedConversation], rows: Sequence[int]
 
 
 def _fingerprint(model: UltraFuserForCausalLM, conversations: Sequence[EncodedConversation]) -> str:
-    """A digest of what the states depend on: weights, architectures, adapter settings, tokens."""
-    digest = hashlib.sha256()
-    settings = [(member.model_config, member.adapter_config) for member in model.config.members]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.bank.state_tensors().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    for conversation in conversations:
-        digest.update(json.dumps([conversation.input_ids, conversation.response_positions]).encode())
-    return digest.hexdigest()
+    """A digest of what the states depend on, and of how they are laid out."""
+    inputs = {**describe_specialists(model), **describe_tokens(conversations), "rows": _ROWS_PER_FILE}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _size(folder: Path) -> int:

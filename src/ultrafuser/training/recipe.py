@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.fusion.gate import GateForm
-from ultrafuser.modeling.checkpoint import SpecialistSource
+from ultrafuser.modeling.assembly import SpecialistSource
 from ultrafuser.modeling.configuration import BankKind
 from ultrafuser.modeling.sources import PACKAGE_SCHEME, resolve_file
 
@@ -79,7 +79,7 @@ class StageSettings(_Section):
     learning_rate: float = Field(default=2e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of everything that is trained, biases too")
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip"
     )
@@ -113,7 +113,23 @@ class Stage1(StageSettings):
     )
 
 
-class Stage2(StageSettings):
+class TuningSettings(StageSettings):
+    """A stage that trains specialists.
+
+    Whatever `dtype` a recipe names, the weights that are trained are float32, and so are their gradients and
+    AdamW's moments: steps of 2e-5 vanish in bfloat16. `mixed_precision` says in what the specialists compute.
+    After the stage the weights are rounded to `dtype` (the adapter of `specialize` to bfloat16), as they are written.
+    What is not trained (the base under an adapter) is held in `dtype` throughout.
+    """
+
+    mixed_precision: Literal["auto", "none", "bfloat16"] = Field(
+        default="auto",
+        description="bfloat16: the specialists and their heads multiply in bfloat16 (autocast); gate, loss and trained "
+        "weights stay float32. none: in the type of the weights. auto: bfloat16 on CUDA devices that can, else none",
+    )
+
+
+class Stage2(TuningSettings):
     """Stage 2: gate and specialists together."""
 
     steps: int = Field(default=9000, ge=0)
@@ -150,7 +166,9 @@ class _RunSettings(_Section):
         "left), are dropped, or are refused",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="of the specialists' frozen weights"
+        default="bfloat16",
+        description="of the specialists' weights, as long as they are frozen and as they are written; see "
+        "`TuningSettings` for those that are trained",
     )
     seed: int = Field(default=0, ge=0)
 
@@ -206,7 +224,7 @@ class SpecializeRecipe(_RunSettings):
         description="share of the start in the result: trained tensors (of an adapter: its low-rank factors) are "
         "averaged with those it went on from, as in WiSE-FT (arXiv 2109.01903)",
     )
-    stage: StageSettings
+    stage: TuningSettings
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")

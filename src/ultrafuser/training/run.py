@@ -1,9 +1,10 @@
 """Whole runs, as the command line starts them: a recipe in, a fused model or a specialist out.
 
-The output folder is the model folder. Beside the model lie `recipe.yaml` (resolved), and in `checkpoints/`
-what a killed run needs to go on.
+The output folder is the model folder. Beside the model lie `recipe.yaml` (resolved), `inputs.json` (what the data
+files and specialists were), and in `checkpoints/` what a killed run needs to go on.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +18,15 @@ from torch import Tensor, nn
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.files import atomic_write
-from ultrafuser.modeling.checkpoint import (
-    FusedModel,
-    SpecialistSource,
-    export_adapter,
-    export_specialist,
-    fuse,
-    open_fused,
-    save_fused,
-    without_sources,
-)
-from ultrafuser.modeling.configuration import BankKind
+from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
+from ultrafuser.modeling.checkpoint import open_fused, save_fused
+from ultrafuser.modeling.configuration import BankKind, without_sources
+from ultrafuser.modeling.export import export_adapter, export_specialist
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder
 from ultrafuser.training.data import Messages, load_domain_conversations
+from ultrafuser.training.inputs import describe_files, describe_specialists, describe_tokens
 from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
 from ultrafuser.training.stages import (
     EncodedData,
@@ -46,6 +41,7 @@ from ultrafuser.training.stages import (
 )
 
 RECIPE_FILE = "recipe.yaml"
+INPUTS_FILE = "inputs.json"
 CHECKPOINTS = "checkpoints"
 _NAME = "specialist"
 
@@ -75,7 +71,6 @@ def train(
     resume: bool = False,
     on_start: Callable[[TrainedModel], None] | None = None,
     on_stage: Callable[[str, TrainedModel], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> TrainedModel:
     """Stage 1, and stage 2 if the recipe has one; the model is written to `folder`.
 
@@ -85,20 +80,20 @@ def train(
         recipe: what to do.
         folder: of the model and its checkpoints.
         only_stage1: leave stage 2 out.
-        resume: go on with a run that stopped in `folder`.
+        resume: go on with a run that stopped in `folder`; recipe, data and specialists must be what they were.
         on_start: called before the first stage, when everything is loaded and encoded.
         on_stage: called after every stage with its name, "stage1" or "stage2".
-        on_progress: called with (done, all) while states are cached.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        RecipeError: the folder holds another run, or settings do not fit together.
+        RecipeError: the folder holds another run, or one that began with other data or specialists; settings do
+            not fit together.
         DataError: a domain is empty or a row malformed.
     """
     check_folder(folder, recipe, resume)
-    conversations = _training_rows(recipe)
+    files, conversations = _read_data(recipe, folder)
     torch.manual_seed(recipe.seed)  # the gate's start
     fused = fuse(
         {name: entry.source() for name, entry in recipe.specialists.items()},
@@ -110,19 +105,15 @@ def train(
     )
     if recipe.gate.start is not None:
         start_gate(fused.model, recipe.gate.start)
-    encoder = encoder_for(fused, recipe.max_length)
-    trained = TrainedModel(fused, encoder, encode_data(encoder, conversations, recipe.too_long))
-    data = trained.data
     two_stages = recipe.stage2 is not None and not only_stage1
     if two_stages:
         assert recipe.stage2 is not None
         check_stage2(fused.model, recipe.stage2)
-    if on_start is not None:
-        on_start(trained)
-    _write_recipe(recipe, folder)
+    trained = _begin(recipe, folder, fused, files, conversations, on_start)
+    encoder, data = trained.encoder, trained.data
     checkpoints = folder / CHECKPOINTS
     trained.stages["stage1"] = run_stage1(
-        fused.model, encoder, data, recipe.stage1, checkpoints / "stage1", recipe.seed, on_progress
+        fused.model, encoder, data, recipe.stage1, checkpoints / "stage1", recipe.seed
     )
     if is_main_process():
         save_fused(fused, folder if not two_stages else checkpoints / "after_stage1", gate_only=True)
@@ -153,28 +144,25 @@ def specialize(
     Args:
         recipe: what to do.
         folder: the result lies in its folder `adapter` or `model`.
-        resume: go on with a run that stopped in `folder`.
+        resume: go on with a run that stopped in `folder`; recipe, data and base must be what they were.
         on_start: called before the training, when everything is loaded and encoded.
 
     Returns:
         The specialist as a fused model with N = 1, as it was written, in evaluation mode.
 
     Raises:
-        RecipeError: the folder holds another run, or settings do not fit together.
+        RecipeError: the folder holds another run, or one that began with other data or specialists; settings do
+            not fit together.
         DataError: a domain is empty or a row malformed.
     """
     check_folder(folder, recipe, resume)
-    conversations = _training_rows(recipe)
+    files, conversations = _read_data(recipe, folder)
     fused = _open_single(recipe)
-    encoder = encoder_for(fused, recipe.max_length)
-    trained = TrainedModel(fused, encoder, encode_data(encoder, conversations, recipe.too_long))
-    if on_start is not None:
-        on_start(trained)
-    _write_recipe(recipe, folder)
+    trained = _begin(recipe, folder, fused, files, conversations, on_start)
     start = [parameter.detach().clone() for parameter in _tuned(recipe, fused)] if recipe.start_share else []
     trained.stages["specialize"] = run_specialize(
         fused.model,
-        encoder,
+        trained.encoder,
         trained.data,
         recipe.stage,
         recipe.train,
@@ -221,6 +209,8 @@ def _difference_from(path: Path, recipe: FusionRecipe | SpecializeRecipe) -> str
     for key in (*mine, *theirs):
         if theirs.get(key, "unset") != mine.get(key, "unset"):
             return f"{key} is {theirs.get(key, 'unset')} there, but {mine.get(key, 'unset')} in this recipe"
+    if list(theirs) != list(mine):  # which decides what is drawn together, and which score is whose
+        return "its specialists or domains stand in another order than in this recipe"
     return None
 
 
@@ -232,11 +222,54 @@ def _settings(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def _write_recipe(recipe: FusionRecipe | SpecializeRecipe, folder: Path) -> None:
+def _read_data(
+    recipe: FusionRecipe | SpecializeRecipe, folder: Path
+) -> tuple[dict[str, str], dict[str, list[Messages]]]:
+    """The recipe's training files, described and read; a resumed run must find them as they were."""
+    conversations = load_domain_conversations(recipe.data_files, recipe.data_rows)
+    files = describe_files(recipe.data_files) if is_main_process() else {}
+    _check_inputs(folder, files)
+    return files, conversations
+
+
+def _begin(
+    recipe: FusionRecipe | SpecializeRecipe,
+    folder: Path,
+    fused: FusedModel,
+    files: Mapping[str, str],
+    conversations: Mapping[str, Sequence[Messages]],
+    on_start: Callable[[TrainedModel], None] | None,
+) -> TrainedModel:
+    """Encode the data, see that a resumed run goes on with what it began with, and write down what that is."""
+    encoder = encoder_for(fused, recipe.max_length)
+    data = encode_data(encoder, conversations, recipe.too_long)
+    trained = TrainedModel(fused, encoder, data)
+    inputs = {**files, **describe_specialists(fused.model), **describe_tokens(data.conversations)}
+    _check_inputs(folder, inputs)
+    if on_start is not None:
+        on_start(trained)
     if is_main_process():
-        content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        with atomic_write(folder / RECIPE_FILE) as path:
-            path.write_text(content, encoding="utf-8")
+        settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        described = json.dumps(inputs, indent=2, ensure_ascii=False)
+        for name, content in ((RECIPE_FILE, settings), (INPUTS_FILE, described + "\n")):
+            with atomic_write(folder / name) as path:
+                path.write_text(content, encoding="utf-8")
+    return trained
+
+
+def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Compare with what the run in the folder began with, if one did: it writes this before it trains."""
+    path = folder / INPUTS_FILE
+    if not is_main_process() or not path.is_file():
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    for name, now in inputs.items():
+        before = recorded.get(name, "missing")
+        if before != now:
+            raise RecipeError(
+                f"output folder {folder} holds a run that began with other inputs: {name} was {before} then, "
+                f"and is {now} now. Put back what it was, or begin a new run in another folder."
+            )
 
 
 def encoder_for(fused: FusedModel, max_length: int | None = None) -> ConversationEncoder:
@@ -262,28 +295,38 @@ def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
         source: folder or hub id of the other fused model.
 
     Raises:
-        RecipeError: forms or widths differ, or nothing can be taken over (joint gates of other specialists).
+        RecipeError: forms, sizes or widths differ, or there is no specialist whose network could be taken over.
     """
     other = open_fused(source).model
     mine, theirs = model.gate, other.gate
-    same = mine.form == theirs.form and mine.gate_size == theirs.gate_size
-    if same and (mine.form == "shared" or model.bank.names == other.bank.names):
-        mine.load_state_dict(theirs.state_dict())
-        return
-    if not same or mine.form == "joint":
+    names, others = model.bank.names, other.bank.names
+    if mine.form != theirs.form:
+        pairs = []
+    elif mine.form == "shared" or names == others:
+        pairs = list(zip(mine.networks, theirs.networks, strict=True))
+    elif mine.form == "per_specialist":
+        known = [name for name in names if name in others]
+        pairs = [(mine.networks[names.index(n)], theirs.networks[others.index(n)]) for n in known]
+    else:
+        pairs = []
+    if not pairs or any(_shapes(own) != _shapes(start) for own, start in pairs):
         raise RecipeError(
-            f"gate.start: {source} has a {theirs.form} gate of size {theirs.gate_size} over "
-            f"{', '.join(other.bank.names)}, which cannot start a {mine.form} gate of size {mine.gate_size} "
-            f"over {', '.join(model.bank.names)}. Leave gate.start out."
-        )
-    if not set(model.bank.names) & set(other.bank.names):
-        raise RecipeError(
-            f"gate.start: {source} and this recipe have no specialist in common, so nothing can be taken over. "
+            f"gate.start: {source} has {_description(other)}, which cannot start {_description(model)}: form, size "
+            "and widths must be the same, as must the specialists of a joint gate, and one of a per_specialist gate. "
             "Leave gate.start out."
         )
-    for index, name in enumerate(model.bank.names):
-        if name in other.bank.names:
-            mine.networks[index].load_state_dict(theirs.networks[other.bank.names.index(name)].state_dict())
+    for own, start in pairs:
+        own.load_state_dict(start.state_dict())
+
+
+def _shapes(network: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in network.parameters()]
+
+
+def _description(model: UltraFuserForCausalLM) -> str:
+    widths = zip(model.bank.names, model.gate.hidden_sizes, strict=True)
+    over = ", ".join(f"{name} (width {width})" for name, width in widths)
+    return f"a {model.gate.form} gate of size {model.gate.gate_size} over {over}"
 
 
 def finish_specialists(model: UltraFuserForCausalLM, dtype: torch.dtype) -> None:
@@ -304,10 +347,6 @@ def finish_specialists(model: UltraFuserForCausalLM, dtype: torch.dtype) -> None
 def is_main_process() -> bool:
     """Whether this process writes files."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _training_rows(recipe: FusionRecipe | SpecializeRecipe) -> dict[str, list[Messages]]:
-    return load_domain_conversations(recipe.data_files, recipe.data_rows)
 
 
 def _open_single(recipe: SpecializeRecipe) -> FusedModel:

@@ -20,9 +20,10 @@ from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder, EncodedConversation
+from ultrafuser.progress import ProgressBar
 from ultrafuser.training.data import BalancedBatchSampler, ConversationDataset, Messages, MicroBatchSampler
 from ultrafuser.training.features import StateCache, StateDataset, cache_states, collate_states
-from ultrafuser.training.recipe import LoraSettings, Stage1, Stage2, StageSettings
+from ultrafuser.training.recipe import LoraSettings, Stage1, Stage2, StageSettings, TuningSettings
 from ultrafuser.training.trainer import FusionTrainer, last_checkpoint
 
 _DAY_S = 24 * 3600
@@ -54,13 +55,11 @@ class StageResult:
         losses: (step, mean loss in nats per response token since the last entry).
         seconds: of training, of this process; what came before a resume is not in it.
         cache: the cached states, where they were used.
-        saved_s: about how much longer the stage would have taken without them.
     """
 
     losses: list[tuple[int, float]]
     seconds: float
     cache: StateCache | None = None
-    saved_s: float = 0.0
 
 
 def encode_data(
@@ -119,7 +118,6 @@ def run_stage1(
     settings: Stage1,
     folder: Path,
     seed: int,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> StageResult:
     """Train the gate alone; the specialists run without autograd, or only once.
 
@@ -130,24 +128,24 @@ def run_stage1(
         settings: of the stage.
         folder: for checkpoints and cached states; a training that stopped there goes on.
         seed: of the order of examples.
-        on_progress: called with (done, all) while states are cached.
     """
     model.requires_grad_(False)
     model.gate.requires_grad_(True)
     groups = [{"params": list(model.gate.parameters())}]
-    arguments = _arguments(settings, folder, seed)
+    arguments = _arguments(settings, folder, seed, bf16=False)  # all that is trained is the gate, in float32
     arguments.ddp_find_unused_parameters = False  # the gate is always used
     if not settings.cache_states or settings.steps == 0:
         dataset: Dataset = ConversationDataset(data.conversations, data.domain_sizes)
         return _train(model, dataset, encoder.collate, data, settings, groups, arguments, "stage 1")
     place = folder / "states" if settings.cache_states is True else Path(settings.cache_states)
-    with arguments.main_process_first(local=False):  # the others find what it wrote
-        cache = cache_states(model.to(arguments.device), encoder, data.conversations, place, on_progress)
+    with (
+        arguments.main_process_first(local=False),  # the others find what it wrote
+        ProgressBar("Running the specialists once", quiet=arguments.process_index > 0) as bar,
+    ):
+        cache = cache_states(model.to(arguments.device), encoder, data.conversations, place, bar.update)
     dataset = StateDataset(cache.folder, data.conversations)
     result = _train(model, dataset, collate_states, data, settings, groups, arguments, "stage 1")
-    passes = settings.steps * settings.examples_per_domain * len(data.domain_sizes) / len(data.conversations)
-    spared_s = cache.pass_s * passes / arguments.world_size
-    return replace(result, cache=cache, saved_s=spared_s - cache.seconds)
+    return replace(result, cache=cache)
 
 
 def run_stage2(
@@ -182,7 +180,7 @@ def run_specialize(
     model: UltraFuserForCausalLM,
     encoder: ConversationEncoder,
     data: EncodedData,
-    settings: StageSettings,
+    settings: TuningSettings,
     mode: str,
     folder: Path,
     seed: int,
@@ -216,9 +214,10 @@ def check_stage2(model: UltraFuserForCausalLM, settings: Stage2) -> None:
         settings: of stage 2.
 
     Raises:
-        RecipeError: full training of adapters, or LoRA with nothing to train.
+        RecipeError: full training of adapters, LoRA with nothing to train, or a GPU without bfloat16.
         UltrafuserError: no layer of a specialist carries one of the names in lora.target_modules.
     """
+    computes_in_bfloat16(settings)
     bank = model.bank
     if isinstance(bank, WholeSpecialists):
         if settings.train == "lora":
@@ -238,10 +237,26 @@ def check_stage2(model: UltraFuserForCausalLM, settings: Stage2) -> None:
         )
 
 
+def computes_in_bfloat16(settings: TuningSettings) -> bool:
+    """What `mixed_precision` means on this machine.
+
+    Raises:
+        RecipeError: it asks for bfloat16, and the GPU has no such arithmetic.
+    """
+    has_gpu = torch.cuda.is_available()
+    able = not has_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.mixed_precision == "bfloat16" and not able:
+        raise RecipeError(
+            f"mixed_precision: bfloat16 needs a GPU that computes in it, got {torch.cuda.get_device_name()}. "
+            "Use auto or none."
+        )
+    return settings.mixed_precision == "bfloat16" or (settings.mixed_precision == "auto" and has_gpu and able)
+
+
 def prepare_specialists(
     model: UltraFuserForCausalLM, mode: str, lora: LoraSettings | None, seed: int
 ) -> None:
-    """Make the specialists' weights trainable, in float32: steps of 2e-5 vanish in bfloat16.
+    """Make the specialists' weights trainable, in float32: see `TuningSettings`.
 
     Args:
         model: changed in place.
@@ -296,7 +311,7 @@ def _train_specialists(
     model: UltraFuserForCausalLM,
     encoder: ConversationEncoder,
     data: EncodedData,
-    settings: StageSettings,
+    settings: TuningSettings,
     groups: list[dict[str, Any]],
     folder: Path,
     seed: int,
@@ -304,7 +319,7 @@ def _train_specialists(
     gradient_checkpointing: bool,
 ) -> StageResult:
     dataset = ConversationDataset(data.conversations, data.domain_sizes)
-    arguments = _arguments(settings, folder, seed)
+    arguments = _arguments(settings, folder, seed, computes_in_bfloat16(settings))
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
@@ -337,9 +352,10 @@ def _train(
     )
     lengths = [max(len(ids) for ids in c.input_ids) for c in data.conversations]
     sampler = MicroBatchSampler(batches, accumulation * arguments.world_size, lengths)
-    trainer = FusionTrainer(model, arguments, dataset, sampler, collator, groups, title)
     checkpoint = last_checkpoint(Path(arguments.output_dir))
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with ProgressBar(title, keep=True, quiet=arguments.process_index > 0) as bar:
+        trainer = FusionTrainer(model, arguments, dataset, sampler, collator, groups, bar)
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return StageResult(losses, output.metrics["train_runtime"])
@@ -358,7 +374,7 @@ def _accumulation(settings: StageSettings, num_processes: int) -> int:
     return 1 if per_pass is None else share // per_pass
 
 
-def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArguments:
+def _arguments(settings: StageSettings, folder: Path, seed: int, bf16: bool) -> TrainingArguments:
     save_every = settings.save_every if settings.save_every is not None else max(1, settings.steps // 10)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -368,8 +384,10 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        bf16=bf16,
         logging_strategy="steps",
         logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,  # it would show the mean of the losses before
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=2,
@@ -385,4 +403,5 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
     )
     # Also where a machine has several GPUs, one process drives one: torchrun starts more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments.mixed_precision = "bf16" if bf16 else "no"  # the recipe's word, not a launcher's
     return arguments

@@ -1,29 +1,22 @@
 """Hugging Face's Trainer, taught balanced batches, checkpoints of what is trained only, and no pickles."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ultrafuser.errors import CheckpointError
+from ultrafuser.errors import CheckpointError, UltrafuserError
 from ultrafuser.modeling.model import UltraFuserForCausalLM
+from ultrafuser.progress import ProgressBar
 from ultrafuser.training.data import MicroBatchSampler
 from ultrafuser.training.state import load_optimizer, load_random_state, save_optimizer, save_random_state
 
@@ -40,7 +33,7 @@ class FusionTrainer(Trainer):
         sampler: which rows make up the micro-batches, for the whole run.
         collator: rows -> batch.
         groups: (parameters, learning rate) of the optimiser.
-        title: shown beside the progress bar.
+        bar: shows the steps and the latest loss.
     """
 
     optimizer: Any  # None before `create_optimizer`
@@ -53,20 +46,35 @@ class FusionTrainer(Trainer):
         sampler: MicroBatchSampler,
         collator: Callable[[list[Any]], dict[str, Any]],
         groups: list[dict[str, Any]],
-        title: str,
+        bar: ProgressBar,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
         self.remove_callback(PrinterCallback)
         self.add_callback(LogWithCheckpoints())
-        self.add_callback(ProgressBar(title))
+        self.add_callback(_ShowSteps(bar))
+        self._title = bar.title
         self._sampler = sampler
         self._groups = groups
         self._bank_is_frozen = not any(p.requires_grad for p in model.bank.parameters())
         self._loss_shifts_labels = False  # labels stand already where they are predicted
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer`; the model comes back as it was given, without autocast around its forward pass."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # accelerate leaves these on the model. A mark of an earlier stage would keep it from autocast in the next.
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                self.model.__dict__.pop(name, None)
+
     def get_train_dataloader(self) -> DataLoader:
         """The whole run as one pass: the sampler knows how many batches there are."""
-        loader = DataLoader(self.train_dataset, batch_sampler=self._sampler, collate_fn=self.data_collator)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +82,16 @@ class FusionTrainer(Trainer):
         if self._bank_is_frozen:
             self.accelerator.unwrap_model(model).bank.eval()
         return super().compute_loss(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """See `Trainer`; what is not finite ends the training, before a checkpoint keeps it."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise UltrafuserError(
+                    f"{self._title}: {name} is {logs[name]} at step {self.state.global_step}. Lower learning_rate, or "
+                    "set max_grad_norm or warmup_steps, in a new run."
+                )
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the given groups."""
@@ -130,34 +148,18 @@ class LogWithCheckpoints(TrainerCallback):
         control.should_log |= control.should_save
 
 
-class ProgressBar(TrainerCallback):
-    """A bar with the latest loss on standard error; a line per log step where that is no terminal."""
+class _ShowSteps(TrainerCallback):
+    """Moves a progress bar."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        if state.is_world_process_zero:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}"),
-                console=self._console,
-                disable=not self._console.is_terminal,
-            )
-            self._bar.start()
-            self._bar.add_task(self._title, total=state.max_steps, completed=state.global_step, loss="")
+        if state.global_step < state.max_steps:  # nothing is left of a finished stage that is resumed
+            self._bar.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
+        self._bar.update(state.global_step, state.max_steps)
 
     def on_log(
         self,
@@ -167,18 +169,8 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss."""
-        if self._bar is None or logs is None or "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        self._bar.update(self._bar.task_ids[0], loss=f"loss {loss:.3f}")
-        if not self._console.is_terminal:
-            self._console.print(f"{self._title}: step {state.global_step}/{state.max_steps}, loss {loss:.4f}")
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.stop()
+        if logs is not None and "loss" in logs:
+            self._bar.update(state.global_step, state.max_steps, f"loss {logs['loss']:.4f}")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fused_over, randomise_gate, save_adapter, save_model, tiny_model, tiny_tokenizer
+from conftest import fused_over, randomise_gate, save_adapter, save_model, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ultrafuser import FusedModel, SpecialistSource, UltraFuserForCausalLM, fuse, open_fused, save_fused
 from ultrafuser.errors import CheckpointError, TemplateError, UltrafuserError
 from ultrafuser.fusion import fused_logits
-from ultrafuser.modeling.checkpoint import export_adapter, export_specialist, without_sources
+from ultrafuser.modeling import checkpoint
+from ultrafuser.modeling.configuration import without_sources
+from ultrafuser.modeling.export import export_adapter, export_specialist
 from ultrafuser.modeling.specialists import WholeSpecialists
 
 IDS = torch.tensor([[5, 9, 200, 31, 77, 4], [8, 8, 120, 6, 250, 11]])
@@ -168,6 +170,27 @@ def test_generation_settings_and_attention_are_kept(fused, tmp_path):
     assert torch.allclose(logits(again), logits(model), atol=1e-5)
 
 
+@pytest.mark.parametrize("gate_only", [False, True], ids=["self-contained", "gate-only"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_every_specialist_gets_the_attention_that_is_asked_for(fused, tmp_path, gate_only, implementation):
+    fused.model.save_pretrained(tmp_path, gate_only=gate_only)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert {config._attn_implementation for config in model.bank.architectures()} == {implementation}
+    assert torch.allclose(logits(model), logits(fused.model), atol=1e-5)
+    with pytest.raises(ValueError, match="fastest"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="fastest")
+
+
+@pytest.mark.parametrize(
+    "device_map", ["meta", {"": "meta"}, {"bank": "meta", "gate": "meta"}, torch.device("meta")], ids=str
+)
+def test_the_whole_model_goes_to_one_device(saved, device_map):
+    model = AutoModelForCausalLM.from_pretrained(saved, device_map=device_map)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    present = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    assert AutoModelForCausalLM.from_pretrained(saved, device_map="auto").device.type == present.type
+
+
 @pytest.mark.parametrize("first", [{"max_shard_size": "20KB"}, {}, {"gate_only": True}], ids=str)
 @pytest.mark.parametrize("then", [{"max_shard_size": "20KB"}, {}, {"gate_only": True}], ids=str)
 def test_a_newer_checkpoint_replaces_an_older_one(build, tmp_path, first, then):
@@ -180,8 +203,6 @@ def test_a_newer_checkpoint_replaces_an_older_one(build, tmp_path, first, then):
 
 
 def test_a_write_that_stops_halfway_is_no_checkpoint(fused, tmp_path, monkeypatch):
-    from ultrafuser.modeling import checkpoint
-
     fused.model.save_pretrained(tmp_path, max_shard_size="20KB")
     moved = []
 
@@ -195,6 +216,40 @@ def test_a_write_that_stops_halfway_is_no_checkpoint(fused, tmp_path, monkeypatc
         fused.model.save_pretrained(tmp_path, max_shard_size="20KB")
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         UltraFuserForCausalLM.from_pretrained(tmp_path)
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(fused, tmp_path):
+    fused.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "plain").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
+def test_weights_are_written_from_where_they_are(build, tmp_path, monkeypatch, max_shard_size):
+    """Joined layers are saved as views; only low-rank parts cut out of a padded stack are copied first."""
+    model = fuse(build("adapters tied"), gate_size=16).model
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    copied, base = [], sum(tensor.nbytes for tensor in model.bank.base_tensors().values())
+
+    def save(tensors, path, metadata):
+        copied.append(sum(t.nbytes for t in tensors.values() if t.untyped_storage().data_ptr() not in held))
+        save_file(tensors, path, metadata)
+        sizes.append(path.stat().st_size)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert sum(copied) < base / 10
+    assert max(sizes) < 60_000 or max_shard_size == "5GB"
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.is_file() == (len(sizes) > 1) == (max_shard_size == "40KB")
+    if index.is_file():
+        listed = json.loads(index.read_text())
+        found = {key: path.name for path in tmp_path.glob("*.safetensors") for key in load_file(path)}
+        assert listed["weight_map"] == found
+        assert listed["metadata"]["total_size"] == sum(
+            t.nbytes for path in tmp_path.glob("*.safetensors") for t in load_file(path).values()
+        )
 
 
 def test_other_processes_write_nothing(fused, tmp_path):
@@ -309,6 +364,7 @@ def test_pickles_are_never_opened(saved):
         ({"trust_remote_code": True, "load_in_8bit": True}, r"unknown options \['load_in_8bit'\]"),
         ({"dytpe": torch.float16}, r"unknown options \['dytpe'\]"),
         ({"device_map": {"a": "cpu", "b": "meta"}}, "device_map must name one device"),
+        ({"device_map": "balanced"}, "device_map must be a device, .* got 'balanced'"),
     ],
 )
 def test_unknown_options_are_refused(saved, settings, message):
@@ -348,128 +404,3 @@ def test_a_checkpoint_without_tokenizer_opens_only_without_it(fused, tmp_path):
     UltraFuserForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         open_fused(tmp_path)
-
-
-# --- refusals: fusing -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path, tokenizer):
-    """Write one more model folder: architecture, settings, tokenizer."""
-
-    def write(architecture: str = "llama", tokenizer=tokenizer, **settings) -> str:
-        number = len(list(tmp_path.glob("model*")))
-        return save_model(tmp_path / f"model{number}", tiny_model(architecture, **settings), tokenizer)
-
-    return write
-
-
-def fuse_models(*models: str, **settings) -> FusedModel:
-    sources = {f"s{index}": SpecialistSource(model=model) for index, model in enumerate(models)}
-    return fuse(sources, gate_size=8, **settings)
-
-
-def test_vocabularies_that_differ_are_refused_with_their_tokens(folder, tmp_path):
-    other = tiny_tokenizer()
-    other.add_tokens(["<tool>"])
-    with pytest.raises(CheckpointError, match=r"s0 and s1 have different vocabularies: 1 token .*'<tool>'"):
-        fuse_models(folder(), folder(tokenizer=other))
-    fused = fuse_models(
-        folder(), folder(seed=1)
-    )  # the same, found out only when a gate-only checkpoint is opened
-    fused.model.save_pretrained(tmp_path / "gate", gate_only=True)
-    other.save_pretrained(fused.model.config.members[1].model)
-    with pytest.raises(CheckpointError, match=r"s0 and s1 have different vocabularies: .*'<tool>'"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "gate")
-
-
-def test_a_padded_vocabulary_is_cut_to_the_smallest(folder, tokenizer):
-    fused = fuse_models(folder(vocab_size=320), folder(vocab_size=336, seed=1)).model
-    assert fused.bank.vocab_size == fused.config.vocab_size == logits(fused).shape[-1] == 320
-    with pytest.raises(CheckpointError, match=rf"has 300 rows, but the tokenizer has {len(tokenizer)}"):
-        fuse_models(folder(), folder(vocab_size=300))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "settings", "message"),
-    [
-        ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "soft-capped .final_logit_softcapping=30"),
-        (
-            "hyperclovax",
-            {"num_key_value_heads": 2, "logits_scaling": 2.0},
-            "the head of HyperCLOVAXForCausalLM",
-        ),
-        ("mamba", {"state_size": 8}, "the cache of MambaForCausalLM"),
-    ],
-)
-def test_architectures_that_cannot_be_fused_exactly_are_refused(folder, architecture, settings, message):
-    with pytest.raises(UltrafuserError, match=message):
-        fuse_models(folder(architecture, **settings))
-
-
-def test_settings_that_do_not_fit_are_refused(folder, tmp_path):
-    llama, neox = folder(), folder("gpt_neox")
-    adapter = save_adapter(tmp_path / "adapter", tiny_model())
-    with pytest.raises(UltrafuserError, match=r"shared needs equal hidden sizes, got \[32, 48\]"):
-        fuse_models(llama, neox)
-    with pytest.raises(UltrafuserError, match="bank must be one of whole, adapters, got 'both'"):
-        fuse_models(llama, bank="both")
-    with pytest.raises(UltrafuserError, match="bank adapters needs one base"):
-        fuse_models(llama, neox, bank="adapters")
-    with pytest.raises(UltrafuserError, match="at least one is needed"):
-        fuse_models()
-    with pytest.raises(UltrafuserError, match="specialist name '0' must be letters"):
-        fuse({"0": SpecialistSource(model=llama)})
-    with pytest.raises(UltrafuserError, match="end_token '<end>' is not in the vocabulary"):
-        fuse_models(llama, end_token="<end>")
-    with pytest.raises(TemplateError, match="template must be one of"):
-        fuse({"a": SpecialistSource(model=llama, template="ultralmm")})
-    with pytest.raises(TemplateError, match="'b' cannot be aligned"):
-        fuse({"a": SpecialistSource(model=llama), "b": SpecialistSource(model=llama, template=UNALIGNED)})
-    save_fused(fuse_models(llama), tmp_path / "fused")
-    with pytest.raises(UltrafuserError, match="is a fused model itself"):
-        fuse_models(str(tmp_path / "fused"))
-    with pytest.raises(CheckpointError, match="fits no linear layer of the base"):
-        fuse({"a": SpecialistSource(model=neox, adapter=adapter)})
-    with pytest.raises(CheckpointError, match=r"has shape \(4, 32\), expected \(4, 40\)"):
-        fuse({"a": SpecialistSource(model=folder(hidden_size=40), adapter=adapter)})
-
-
-def test_the_tokenizers_template_is_each_specialists_own(folder):
-    other = tiny_tokenizer()
-    other.chat_template = other.chat_template.replace("<|im_start|>", "<s>")
-    members = fuse_models(
-        folder(), folder(tokenizer=other), folder(tokenizer=None, seed=1)
-    ).model.config.members
-    first, second, third = (member.template for member in members)
-    assert "<|im_start|>" in first
-    assert "<s>" in second
-    assert third == first  # without a tokenizer of its own it shares the first one's
-
-
-def test_end_tokens_must_be_agreed(folder):
-    other = tiny_tokenizer()
-    other.eos_token = "<s>"
-    models = folder(), folder(tokenizer=other)
-    with pytest.raises(UltrafuserError, match=r"do not agree on an end token: .*'s1': '<s>'"):
-        fuse_models(*models)
-    assert fuse_models(*models, end_token="<s>").model.config.eos_token_id == 1
-    with pytest.raises(UltrafuserError, match="none of the specialists' folders holds a tokenizer"):
-        fuse_models(folder(tokenizer=None))
-
-
-def test_dtypes_that_differ_are_refused_unless_one_is_asked_for(folder, tmp_path, tokenizer):
-    half = save_model(tmp_path / "half", tiny_model(seed=1).bfloat16(), tokenizer)
-    with pytest.raises(UltrafuserError, match=r"one dtype.*torch.float32.*torch.bfloat16"):
-        fuse_models(folder(), half)
-    assert fuse_models(folder(), half, dtype=torch.float32).model.dtype == torch.float32
-
-
-def test_relative_folders_are_found_from_anywhere(folder, tmp_path, monkeypatch):
-    folder()
-    monkeypatch.chdir(tmp_path)
-    adapter = Path(save_adapter(Path("adapter"), tiny_model()))
-    fused = fuse({"a": SpecialistSource(model="model0", adapter=str(adapter))}, gate_size=8).model
-    fused.save_pretrained("gate", gate_only=True)
-    monkeypatch.chdir("/")
-    assert torch.equal(logits(UltraFuserForCausalLM.from_pretrained(tmp_path / "gate")), logits(fused))

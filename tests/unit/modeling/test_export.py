@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser import SpecialistSource, fuse, open_fused
 from ultrafuser.errors import UltrafuserError
-from ultrafuser.modeling.checkpoint import without_sources
+from ultrafuser.modeling.configuration import without_sources
 from ultrafuser.modeling.export import EXPORT_FORMS, as_whole, export
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from ultrafuser import SpecialistSource, fuse, open_fused, save_fused
 from ultrafuser.errors import CheckpointError, TemplateError, UltrafuserError
-from ultrafuser.modeling.checkpoint import without_sources
+from ultrafuser.modeling.configuration import without_sources
 from ultrafuser.modeling.membership import add_specialist, drop_specialist
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

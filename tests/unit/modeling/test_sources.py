@@ -147,3 +147,53 @@ def test_the_cache_stands_where_the_user_wants_it(tmp_path, monkeypatch):
     monkeypatch.delenv("ULTRAFUSER_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     assert sources.cache_folder() == tmp_path / "ultrafuser"
+
+
+def test_a_fingerprint_says_what_a_source_holds(package, tmp_path):
+    adapter = tmp_path / "site" / "carrier" / "adapters" / "code"
+    assert sources.source_fingerprint(f"{package}/adapters/code") == sources.source_fingerprint(str(adapter))
+    assert sources.source_fingerprint(f"{package}/model") != sources.source_fingerprint(str(adapter))
+    assert sources.source_fingerprint("org/some-model") is None
+    with pytest.raises(UltrafuserError, match="there is no such folder"):
+        sources.source_fingerprint("/no/such/folder")
+
+
+def test_only_hub_revisions_are_pinned(package, model_folder, monkeypatch):
+    monkeypatch.setattr(sources, "hf_hub_download", None)  # nobody asks the hub
+    place = f"{package}/model"
+    assert sources.pinned_revision(place, None, "config.json") is None
+    assert sources.pinned_revision(str(model_folder.parent), "main", "config.json") == "main"
+    assert sources.pinned_revision("org/some-model", "a" * 40, "config.json") == "a" * 40
+
+
+def test_a_converted_gguf_belongs_to_its_content(tmp_path, tokenizer, monkeypatch):
+    """Conversion itself is the library's; here the content of a file is the seed of the model that it gives."""
+    converted = []
+
+    def model_of(folder: Path, gguf_file: str, **_) -> torch.nn.Module:
+        converted.append(folder)
+        return tiny_model(seed=int((folder / gguf_file).read_text()))
+
+    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", model_of)
+    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setenv("ULTRAFUSER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "carrier" / "base.gguf"
+    file.parent.mkdir()
+    (file.parent / "__init__.py").touch()
+
+    def head_of(content: str) -> torch.Tensor:
+        file.write_text(content)
+        return load_file(Path(sources.resolve_model("package://carrier/base.gguf")) / "model.safetensors")[
+            "lm_head.weight"
+        ]
+
+    first, again, other = head_of("1"), head_of("1"), head_of("2")
+    assert len(converted) == 2
+    assert torch.equal(first, again)
+    assert torch.equal(first, tiny_model(seed=1).lm_head.weight.bfloat16())
+    assert torch.equal(other, tiny_model(seed=2).lm_head.weight.bfloat16())
+    assert torch.equal(head_of("1"), first)
+    assert len(converted) == 2
+    written = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert {path.stat().st_mode & 0o077 for path in written} == {file.stat().st_mode & 0o077}
