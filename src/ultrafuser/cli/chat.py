@@ -16,8 +16,8 @@ from rich.text import Text
 
 from ultrafuser.cli.generate import (
     MaxNewTokensOption,
-    Sampling,
     SeedOption,
+    SpeculateOption,
     SystemOption,
     TemperatureOption,
     TopKOption,
@@ -27,9 +27,8 @@ from ultrafuser.cli.opening import DeviceOption, DtypeOption, ModelArgument, ope
 from ultrafuser.errors import ConversationTooLongError, UltrafuserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ultrafuser.decoding.stream import TokenStep
+    from ultrafuser.decoding.engine import TokenStep
+    from ultrafuser.decoding.sampling import SamplingParams
     from ultrafuser.modeling.assembly import FusedModel
 
 _HELP = """\
@@ -51,6 +50,7 @@ def chat(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = 0,
+    speculate: SpeculateOption = True,
     system: SystemOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -59,11 +59,12 @@ def chat(
 
     In the chat, /help lists the commands.
     """
-    fused = open_model(model, dtype, device)
-    sampling = Sampling(
+    from ultrafuser.decoding.sampling import SamplingParams
+
+    params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    Chat(fused, sampling, system).run()
+    Chat(open_model(model, dtype, device), params, system, speculate=speculate).run()
 
 
 class Chat:
@@ -71,25 +72,32 @@ class Chat:
 
     Args:
         fused: model and tokenizer.
-        sampling: how tokens are chosen. The seed goes up by one with every answer.
+        params: how tokens are chosen. The seed goes up by one with every answer.
         system: system message.
         console: where to write.
+        speculate: draft several tokens at once where that is faster.
     """
 
     def __init__(
         self,
         fused: "FusedModel",
-        sampling: Sampling | None = None,
+        params: "SamplingParams | None" = None,
         system: str | None = None,
         console: Console | None = None,
+        speculate: bool = True,
     ) -> None:
         from ultrafuser.analysis.palette import specialist_colours
+        from ultrafuser.decoding.engine import FusedDecoder
+        from ultrafuser.decoding.sampling import SamplingParams
+        from ultrafuser.decoding.speculation import SpeculationParams
 
-        self._model, self._tokenizer = fused
+        self._tokenizer = fused.tokenizer
+        speculation = SpeculationParams() if speculate else None
+        self._decoder = FusedDecoder(*fused, max_batch=1, speculation=speculation)
         self._encoder = fused.model.conversation_encoder(fused.tokenizer)
         self._names = list(fused.model.specialist_names)
         self._colours = specialist_colours(len(self._names))
-        self._sampling = Sampling() if sampling is None else sampling
+        self._params = SamplingParams() if params is None else params
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self._console = Console(highlight=False) if console is None else console
         self._only: str | None = None
@@ -144,7 +152,7 @@ class Chat:
     def _answer(self, question: str) -> None:
         messages = [*self._messages, {"role": "user", "content": question}]
         try:
-            prompt = self._encoder.batch_prompts([messages])
+            prompt = self._encoder.prompt(messages)
         except ConversationTooLongError:
             self._console.print("The conversation no longer fits into the context. /reset begins anew.")
             return
@@ -153,7 +161,7 @@ class Chat:
             return
         room = self._room(prompt)
         started = time.perf_counter()
-        steps, interrupted = self._stream(prompt, min(room, self._sampling.max_new_tokens))
+        steps, interrupted = self._stream(prompt, min(room, self._params.max_new_tokens))
         seconds = time.perf_counter() - started
         if not steps:
             self._console.print("[dim](no answer)[/dim]")
@@ -168,29 +176,25 @@ class Chat:
         )
         self._console.print(self._footer(seconds, why))
 
-    def _stream(self, prompt: "dict[str, Tensor]", limit: int) -> "tuple[list[TokenStep], bool]":
+    def _stream(self, prompt: list[list[int]], limit: int) -> "tuple[list[TokenStep], bool]":
         """Show an answer as it comes; return its tokens and whether it was interrupted."""
-        from ultrafuser.decoding.stream import TextStream, stream_tokens
-
-        text = TextStream(self._tokenizer)
         steps: list[TokenStep] = []
         interrupted = False
-        sampling = replace(self._sampling, max_new_tokens=limit, seed=self._sampling.seed + self._num_answers)
+        params = replace(self._params, max_new_tokens=limit, seed=self._params.seed + self._num_answers)
         try:
-            for step in stream_tokens(self._model, prompt, only=self._only, **vars(sampling)):
+            for step in self._decoder.stream(prompt, params, only=self._only):
                 steps.append(step)
-                self._show(text.push(step.token_id), step.gate_weights)
+                self._show(step.text, step.gate_weights)
         except KeyboardInterrupt:
             interrupted = True
         if steps:
-            self._show(text.flush(), steps[-1].gate_weights)
             self._console.print()
         return steps, interrupted
 
-    def _room(self, prompt: "dict[str, Tensor]") -> int:
+    def _room(self, prompt: list[list[int]]) -> int:
         """Tokens that every specialist can still read."""
-        lengths = prompt["specialist_attention_mask"][0].sum(dim=-1).tolist()
-        return min(self._encoder.max_length[name] - n for name, n in zip(self._names, lengths, strict=True))
+        limits = self._encoder.max_length
+        return min(limits[name] - len(ids) for name, ids in zip(self._names, prompt, strict=True))
 
     def _show(self, text: str, weights: Sequence[float]) -> None:
         style = self._style(weights)
@@ -222,7 +226,7 @@ class Chat:
         return Text(" · ".join([weights, speed, *([why] if why else [])]), style="dim")
 
     def _weights_table(self) -> Table:
-        from ultrafuser.decoding.stream import token_texts
+        from ultrafuser.decoding.text import token_texts
 
         texts = token_texts(self._tokenizer, [step.token_id for step in self._last])
         leaders = [max(range(len(self._names)), key=step.gate_weights.__getitem__) for step in self._last]

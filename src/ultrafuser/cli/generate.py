@@ -3,8 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +23,9 @@ from ultrafuser.files import atomic_write
 from ultrafuser.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from ultrafuser.decoding.engine import TokenStep
+    from ultrafuser.decoding.sampling import SamplingParams
     from ultrafuser.modeling.assembly import FusedModel
-    from ultrafuser.modeling.templates import ConversationEncoder
     from ultrafuser.training.data import Prompt
 
 MaxNewTokensOption = Annotated[
@@ -52,27 +53,13 @@ SystemOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen; see `ultrafuser.decoding.stream.stream_tokens`."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def for_generate(self) -> dict[str, Any]:
-        """The same for `generate` of the model (without the seed, which is torch's)."""
-        if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
+SpeculateOption = Annotated[
+    bool,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Draft several tokens at once where that is faster; exact either way.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -101,8 +88,24 @@ def generate(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p",
+            min=0,
+            max=1,
+            help="Leave out tokens below this share of the likeliest one's probability.",
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1, tokens already there become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End a response before this text.")
+    ] = None,
     seed: SeedOption = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts answered together.")] = 8,
+    speculate: SpeculateOption = True,
     system: SystemOption = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Add the text and the gate weights of every token.")
@@ -114,17 +117,27 @@ def generate(
     """Answer one prompt, or a file of them, with a fused model.
 
     Writes a JSON object a line: index, id (if the row had one), response, tokens (how many, the end token
-    included) and finish (end or length); with --weights also specialists, token_texts and gate_weights.
+    included) and finish (end, length or stop); with --weights also specialists, token_texts and gate_weights.
+    Sampling, prompt number i (from 0) has the seed --seed + i.
 
     Example: ultrafuser generate MODEL "What is 7 * 8?" --max-new-tokens 100
     """
+    from ultrafuser.decoding.sampling import SamplingParams
+
     prompts = _prompts(prompt, input_file, system)
-    fused = open_model(model, dtype, device)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop) if stop is not None else (),
+        seed=seed,
     )
+    fused = open_model(model, dtype, device)
     started = time.perf_counter()
-    rows = _answer_all(fused, prompts, sampling, batch_size, weights)
+    rows = _answer_all(fused, prompts, params, batch_size, speculate, weights)
     seconds = time.perf_counter() - started
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is None:
@@ -168,88 +181,49 @@ def _prompts(prompt: str | None, input_file: Path | None, system: str | None) ->
 
 
 def _answer_all(
-    fused: "FusedModel", prompts: "Sequence[Prompt]", sampling: Sampling, batch_size: int, weights: bool
+    fused: "FusedModel",
+    prompts: "Sequence[Prompt]",
+    params: "SamplingParams",
+    batch_size: int,
+    speculate: bool,
+    weights: bool,
 ) -> list[dict[str, Any]]:
-    import torch
+    from ultrafuser.decoding.engine import FusedDecoder
+    from ultrafuser.decoding.speculation import SpeculationParams
 
     encoder = fused.model.conversation_encoder(fused.tokenizer)
-    for asked in prompts:  # refused before the first is answered, not hours later
+    requests = []
+    for index, asked in enumerate(prompts):  # refused before the first is answered, not hours later
         try:
-            encoder.prompt(asked.messages, max_new_tokens=sampling.max_new_tokens)
+            ids = encoder.prompt(asked.messages, max_new_tokens=params.max_new_tokens)
         except TemplateError as error:
             raise TemplateError(f"{asked.where}: {error}") from error
-    torch.manual_seed(sampling.seed)
-    rows: list[dict[str, Any]] = []
+        requests.append((ids, replace(params, seed=params.seed + index)))
+    decoder = FusedDecoder(
+        fused.model,
+        fused.tokenizer,
+        max_batch=batch_size,
+        speculation=SpeculationParams() if speculate else None,
+    )
+    rows: dict[int, dict[str, Any]] = {}
     with ProgressBar("Answering") as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            for asked, answer in zip(batch, _answer(fused, encoder, batch, sampling, weights), strict=True):
-                named = {} if asked.id is None else {"id": asked.id}
-                rows.append({"index": len(rows), **named, **answer})
+        for index, steps in decoder.respond(requests):
+            named = {} if prompts[index].id is None else {"id": prompts[index].id}
+            rows[index] = {"index": index, **named, **_row(fused, steps, weights)}
             bar.update(len(rows), len(prompts))
-    return rows
+    return [rows[index] for index in range(len(prompts))]
 
 
-def _answer(
-    fused: "FusedModel",
-    encoder: "ConversationEncoder",
-    batch: "Sequence[Prompt]",
-    sampling: Sampling,
-    weights: bool,
-) -> Iterator[dict[str, Any]]:
-    """The answers to one batch of prompts, in order."""
-    import torch
+def _row(fused: "FusedModel", steps: "Sequence[TokenStep]", weights: bool) -> dict[str, Any]:
+    from ultrafuser.decoding.text import token_texts
 
-    model = fused.model
-    inputs = encoder.batch_prompts(
-        [asked.messages for asked in batch], max_new_tokens=sampling.max_new_tokens
-    )
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    with torch.inference_mode():
-        if sampling.max_new_tokens == 0:
-            generated = inputs["input_ids"][:, :0]
-        else:
-            sequences = model.generate(**inputs, **sampling.for_generate())
-            generated = sequences[:, inputs["input_ids"].shape[1] :]
-        gate_weights = _gate_weights(fused, inputs, generated) if weights else None
-    for index, ids in enumerate(generated.tolist()):
-        ended = encoder.end_token_id in ids
-        length = ids.index(encoder.end_token_id) + 1 if ended else len(ids)
-        answer: dict[str, Any] = {
-            "response": encoder.decode(ids),
-            "tokens": length,
-            "finish": "end" if ended else "length",
-        }
-        if gate_weights is not None:
-            answer |= _weights_of(fused, ids[:length], gate_weights[index, :length].tolist())
-        yield answer
-
-
-def _gate_weights(fused: "FusedModel", inputs: dict[str, Any], generated: Any) -> Any:
-    """Gate weights, (B, R, N), of tokens that were generated: `generate` does not hand them out."""
-    import torch
-
-    model = fused.model
-    prompt = inputs["specialist_input_ids"]
-    batch_size, num_specialists, prompt_length = prompt.shape
-    num_tokens = generated.shape[1]
-    if num_tokens == 0:
-        return torch.zeros(batch_size, 0, num_specialists)
-    read = generated[:, None, :-1].expand(-1, num_specialists, -1)
-    positions = torch.arange(prompt_length - 1, prompt_length - 1 + num_tokens, device=prompt.device)
-    states = model.hidden_states(
-        torch.cat([prompt, read], dim=-1),
-        torch.cat([inputs["specialist_attention_mask"], torch.ones_like(read)], dim=-1),
-        positions.expand(batch_size, num_specialists, -1),
-    )
-    return model.gate(states)
-
-
-def _weights_of(fused: "FusedModel", ids: list[int], gate_weights: list[list[float]]) -> dict[str, Any]:
-    from ultrafuser.decoding.stream import token_texts
-
-    return {
-        "specialists": list(fused.model.specialist_names),
-        "token_texts": token_texts(fused.tokenizer, ids),
-        "gate_weights": [[round(weight, 6) for weight in weights] for weights in gate_weights],
+    row: dict[str, Any] = {
+        "response": "".join(step.text for step in steps),
+        "tokens": len(steps),
+        "finish": steps[-1].finish if steps else "length",
     }
+    if weights:
+        row["specialists"] = list(fused.model.specialist_names)
+        row["token_texts"] = token_texts(fused.tokenizer, [step.token_id for step in steps])
+        row["gate_weights"] = [[round(weight, 6) for weight in step.gate_weights] for step in steps]
+    return row

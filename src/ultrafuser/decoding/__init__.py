@@ -1,1 +1,15 @@
-"""Generation: one token after the other, with what the gate made of each."""
+"""Generation: a slow loop that defines what is right, and an engine that gives the same faster."""
+
+from ultrafuser.decoding.engine import DecodingStats, FusedDecoder, TokenStep
+from ultrafuser.decoding.reference import reference_tokens
+from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.decoding.speculation import SpeculationParams
+
+__all__ = [
+    "DecodingStats",
+    "FusedDecoder",
+    "SamplingParams",
+    "SpeculationParams",
+    "TokenStep",
+    "reference_tokens",
+]

@@ -32,14 +32,24 @@ class Gate(nn.Module):
         hidden_sizes: H of each specialist, in order; its length is N.
         gate_size: width of the hidden layer (paper: 512).
         form: one of `GATE_FORMS`.
+        dropout: probability, in [0, 1), that an entry of a hidden state is left out in training mode (paper: 0).
 
     Raises:
-        UltrafuserError: unknown form, no specialist, a width below 1, or a shared gate over unequal hidden sizes.
+        UltrafuserError: unknown form, no specialist, a width below 1, a dropout out of range, or a shared gate over
+            unequal hidden sizes.
     """
 
-    def __init__(self, hidden_sizes: Sequence[int], gate_size: int = 512, form: GateForm = "shared") -> None:
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int],
+        gate_size: int = 512,
+        form: GateForm = "shared",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         _check(hidden_sizes, gate_size, form)
+        if not 0 <= dropout < 1:
+            raise UltrafuserError(f"gate.dropout must be at least 0 and below 1, got {dropout}.")
         self.hidden_sizes = tuple(hidden_sizes)
         self.gate_size = gate_size
         self.form = form
@@ -51,6 +61,7 @@ class Gate(nn.Module):
         else:
             networks = [_network(sum(hidden_sizes), gate_size, num_specialists)]
         self.networks = nn.ModuleList(networks)
+        self.dropout = nn.Dropout(dropout)
 
     @property
     def num_specialists(self) -> int:
@@ -66,7 +77,7 @@ class Gate(nn.Module):
         Returns:
             gate_scores, float32, (..., N).
         """
-        states = [state.to(next(self.parameters()).dtype) for state in hidden_states]
+        states = [self.dropout(state.to(next(self.parameters()).dtype)) for state in hidden_states]
         with torch.autocast(states[0].device.type, enabled=False):
             if self.form == "joint":
                 return self.networks[0](torch.cat(states, dim=-1)).float()

@@ -10,18 +10,19 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ultrafuser.errors import CheckpointError, UltrafuserError
 from ultrafuser.files import give_plain_modes
+from ultrafuser.fusion.gate import Gate
 from ultrafuser.modeling import sources
 from ultrafuser.modeling.assembly import FusedModel, check_templates, open_specialists, record_bank
 from ultrafuser.modeling.configuration import UltraFuserConfig
@@ -97,6 +98,7 @@ def load_model(
     if attn_implementation is None:
         attn_implementation = config._attn_implementation  # where the Auto classes put it
     tensors = _read_tensors(folder)
+    gate = {key: tensors.pop(key) for key in list(tensors) if key.startswith("gate.")}
     wanted = _as_dtype(dtype, config)
     if config.gate_only:
         bank, tokenizer = open_specialists(config, wanted)
@@ -104,11 +106,11 @@ def load_model(
         tokenizer = sources.load_tokenizer(str(folder))
         with no_init_weights():
             bank = build_bank(config, wanted)
-        bank.load_tensors({k: t for k, t in tensors.items() if not k.startswith("gate.")})
+        bank.load_tensors(tensors)
     if tokenizer is not None:
         check_templates(config, tokenizer)
     model = cls(config, bank)
-    _load_gate(model, {k.removeprefix("gate."): t for k, t in tensors.items() if k.startswith("gate.")})
+    _load_gate(model.gate, {key.removeprefix("gate."): tensor for key, tensor in gate.items()})
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if attn_implementation is not None:
@@ -138,6 +140,41 @@ def open_fused(folder: str | os.PathLike[str], dtype: torch.dtype | None = None)
             f"{folder} holds no tokenizer ({error}). Save the tokenizer into the same folder."
         ) from error
     return FusedModel(model, tokenizer)
+
+
+class StoredGate(NamedTuple):
+    """The gate of a checkpoint, and the names of the specialists it weighs."""
+
+    names: tuple[str, ...]
+    gate: Gate
+
+
+def read_gate(folder: str | os.PathLike[str]) -> StoredGate:
+    """Read nothing but the gate of a checkpoint; its specialists are not opened.
+
+    Args:
+        folder: a checkpoint folder or hub id.
+
+    Raises:
+        CheckpointError: it is no fused checkpoint, or its gate is incomplete.
+    """
+    path = _checkpoint_folder(folder, {})
+    config = UltraFuserConfig.from_pretrained(path)
+    if not config.specialists:
+        raise CheckpointError(f"{path} is no fused checkpoint: its config.json names no specialists.")
+    tensors = _read_tensors(path, "gate.")
+    members = config.members
+    first = "networks.{}.0.weight"
+    if config.gate_form == "joint":
+        sizes = [member.architecture().get_text_config(decoder=True).hidden_size for member in members]
+    else:
+        networks = range(len(members)) if config.gate_form == "per_specialist" else [0] * len(members)
+        sizes = [tensors[key].shape[1] for n in networks if (key := first.format(n)) in tensors]
+    if len(sizes) != len(members):
+        raise CheckpointError(f"{path} lacks tensors of its gate. Copy or download it again.")
+    gate = Gate(sizes, config.gate_size, config.gate_form)
+    _load_gate(gate, tensors)
+    return StoredGate(tuple(member.name for member in members), gate)
 
 
 def save_fused(fused: FusedModel, folder: str | os.PathLike[str], gate_only: bool = False) -> None:
@@ -184,7 +221,8 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: 
         (folder / f"{WEIGHTS_PATTERN.format(suffix='')}.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors whose names begin with the prefix, without it."""
     shards = sorted(folder.glob("model*.safetensors"))
     if not shards:
         pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -195,14 +233,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:
-            tensors.update(load_file(shard))
+            with safe_open(shard, framework="pt") as file:
+                wanted = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  # no mapping
+                tensors.update({key.removeprefix(prefix): file.get_tensor(key) for key in wanted})
         except SafetensorError as error:
             raise CheckpointError(f"{shard} is damaged ({error}). Copy or download it again.") from error
     return tensors
 
 
-def _load_gate(model: UltraFuserForCausalLM, tensors: Mapping[str, Tensor]) -> None:
-    own = model.gate.state_dict()
+def _load_gate(gate: Gate, tensors: Mapping[str, Tensor]) -> None:
+    own = gate.state_dict()
     wrong = [
         f"gate.{key}: {tuple(tensors[key].shape) if key in tensors else 'missing'}, expected {tuple(value.shape)}"
         for key, value in own.items()
@@ -214,7 +254,7 @@ def _load_gate(model: UltraFuserForCausalLM, tensors: Mapping[str, Tensor]) -> N
             f"the gate of this checkpoint does not fit its specialists: {'; '.join(wrong) or extra}. "
             "Were specialists added or dropped, or replaced by others of another width?"
         )
-    model.gate.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
+    gate.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
 
 
 def _as_dtype(dtype: Any, config: UltraFuserConfig) -> torch.dtype | None:

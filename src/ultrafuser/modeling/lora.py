@@ -259,6 +259,18 @@ class FoldedLinear(nn.Module):
             kept = self._assembled = self._assemble(dtype)
         return kept
 
+    def low_rank(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The updates as two products: x @ down[n] @ up[n] is specialist n's, scaling included.
+
+        Args:
+            dtype: of the result.
+
+        Returns:
+            down (N, in_features, R) and up (N, R, sum of out_features), R the sum of the joined layers' ranks.
+        """
+        assembled = self._assemble(dtype)
+        return assembled.down, assembled.up
+
     def _assemble(self, dtype: torch.dtype) -> "_LowRank":
         sources = (*self.lora_A, *self.lora_B)
         down = torch.cat([a.detach().to(dtype) for a in self.lora_A], dim=1).transpose(1, 2).contiguous()
@@ -318,6 +330,13 @@ class _Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._part_of.part(self.index, x)
+
+
+def folded_layer(module: nn.Module) -> FoldedLinear | None:
+    """The joined layer that stands (alone or with siblings) where a linear layer stood; None for a plain layer."""
+    return (
+        module._part_of if isinstance(module, _Part) else module if isinstance(module, FoldedLinear) else None
+    )
 
 
 def fold_adapters(model: nn.Module, adapters: Sequence[Adapter]) -> list[FoldedLinear]:

@@ -49,6 +49,13 @@ class GateSettings(_Section):
 
     form: GateForm = Field(default="shared", description="shared (the paper's), per_specialist or joint")
     size: int = Field(default=512, ge=1, description="width of the hidden layer")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the hidden states' entries that the gate does not see in training; with little data 0.3 "
+        "to 0.5 keeps it from learning its conversations by heart",
+    )
     start: str | None = Field(
         default=None, description="fused checkpoint whose gate to start from, after adding a specialist"
     )

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.files import atomic_write
+from ultrafuser.fusion.gate import Gate
 from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
-from ultrafuser.modeling.checkpoint import open_fused, save_fused
+from ultrafuser.modeling.checkpoint import StoredGate, read_gate, save_fused
 from ultrafuser.modeling.configuration import BankKind, without_sources
 from ultrafuser.modeling.export import export_adapter, export_specialist
 from ultrafuser.modeling.model import UltraFuserForCausalLM
@@ -103,6 +104,7 @@ def train(
         end_token=recipe.end_token,
         dtype=getattr(torch, recipe.dtype),
     )
+    fused.model.gate.dropout.p = recipe.gate.dropout
     if recipe.gate.start is not None:
         start_gate(fused.model, recipe.gate.start)
     two_stages = recipe.stage2 is not None and not only_stage1
@@ -297,9 +299,8 @@ def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
     Raises:
         RecipeError: forms, sizes or widths differ, or there is no specialist whose network could be taken over.
     """
-    other = open_fused(source).model
-    mine, theirs = model.gate, other.gate
-    names, others = model.bank.names, other.bank.names
+    names, mine = StoredGate(model.bank.names, model.gate)
+    others, theirs = read_gate(source)
     if mine.form != theirs.form:
         pairs = []
     elif mine.form == "shared" or names == others:
@@ -311,9 +312,9 @@ def start_gate(model: UltraFuserForCausalLM, source: str) -> None:
         pairs = []
     if not pairs or any(_shapes(own) != _shapes(start) for own, start in pairs):
         raise RecipeError(
-            f"gate.start: {source} has {_description(other)}, which cannot start {_description(model)}: form, size "
-            "and widths must be the same, as must the specialists of a joint gate, and one of a per_specialist gate. "
-            "Leave gate.start out."
+            f"gate.start: {source} has {_description(others, theirs)}, which cannot start {_description(names, mine)}: "
+            "form, size and widths must be the same, as must the specialists of a joint gate, and one of a "
+            "per_specialist gate. Leave gate.start out."
         )
     for own, start in pairs:
         own.load_state_dict(start.state_dict())
@@ -323,10 +324,10 @@ def _shapes(network: nn.Module) -> list[torch.Size]:
     return [parameter.shape for parameter in network.parameters()]
 
 
-def _description(model: UltraFuserForCausalLM) -> str:
-    widths = zip(model.bank.names, model.gate.hidden_sizes, strict=True)
+def _description(names: Sequence[str], gate: Gate) -> str:
+    widths = zip(names, gate.hidden_sizes, strict=True)
     over = ", ".join(f"{name} (width {width})" for name, width in widths)
-    return f"a {model.gate.form} gate of size {model.gate.gate_size} over {over}"
+    return f"a {gate.form} gate of size {gate.gate_size} over {over}"
 
 
 def finish_specialists(model: UltraFuserForCausalLM, dtype: torch.dtype) -> None:

@@ -73,6 +73,17 @@ def test_gradients_reach_every_parameter(form):
             assert parameter.grad.abs().max() > 0
 
 
+def test_dropout_hides_inputs_in_training_only():
+    gate, states = randomise_gate(Gate([8, 8], 16, dropout=0.5)), states_of(8, 8)
+    expected = randomise_gate(Gate([8, 8], 16)).eval()(states)
+    assert torch.equal(gate.eval()(states), expected)
+    torch.manual_seed(0)
+    seen = torch.stack([gate.train()(states) for _ in range(2)])
+    assert not torch.allclose(seen[0], seen[1])
+    with pytest.raises(UltrafuserError, match=r"gate.dropout must be at least 0 and below 1, got 1.0"):
+        Gate([8], dropout=1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,391 @@
+"""A bank's models over preallocated caches: every conversation has a slot, and reading is the only operation.
+
+A slot's rows may be of different lengths, and what a row has read is only a number that the caller keeps: taking
+positions back means reading again from an earlier one. `LlamaBackbone` computes the usual Llama block itself, with
+few and large operations; `ModuleBackbone` runs Hugging Face's modules, for every other architecture.
+"""
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ultrafuser.decoding.projection import Projection
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank, WholeSpecialists
+
+_GROW_POSITIONS = 256
+_LLAMA_BLOCKS = {"llama", "mistral", "qwen2"}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+
+
+class Slots:
+    """Which slots take part in a pass, as an index that is a view where it can be.
+
+    Args:
+        indices: of the slots, in the order of the rows.
+    """
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.indices = list(indices)
+        first = self.indices[0]
+        self.contiguous = self.indices == list(range(first, first + len(self.indices)))
+        self.index: slice | Tensor = slice(first, first + len(self.indices))
+        if not self.contiguous:
+            self.index = torch.tensor(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class _Plan:
+    """Where the rows of one pass stand: positions, and what each may look at.
+
+    Args:
+        slots: that take part.
+        starts: int64 on the CPU, (A, N): positions each row has read.
+        new_length: T.
+        device: of the model.
+    """
+
+    def __init__(self, slots: Slots, starts: Tensor, new_length: int, device: torch.device) -> None:
+        self.slots = slots
+        self.new_length = new_length
+        self.start = int(starts[0, 0])
+        self.uniform = bool((starts == self.start).all())
+        self.length = int(starts.max()) + new_length
+        self.positions = (starts.unsqueeze(-1) + torch.arange(new_length)).to(device)  # (A, N, T)
+        self.is_causal = self.uniform and self.start == 0 and new_length > 1
+        self.mask: Tensor | None = None
+        if not self.uniform or (new_length > 1 and self.start > 0):
+            keys = torch.arange(self.length, device=device)
+            self.mask = (keys <= self.positions.unsqueeze(-1)).flatten(0, 1).unsqueeze(1)  # (A * N, 1, T, L)
+
+
+class SlotCache:
+    """Keys and values of all slots; grows when a slot or a position beyond its size is written.
+
+    Args:
+        num_layers: of the model.
+        rows_per_slot: N for folded adapters, 1 for a whole model.
+        dtype: of keys and values.
+        device: where they are.
+    """
+
+    def __init__(self, num_layers: int, rows_per_slot: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = rows_per_slot
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+        """Write new positions of a layer; return all keys and values that the pass may look at.
+
+        Args:
+            layer: index.
+            keys: (A, N, T, heads, head size).
+            values: the same.
+            plan: of the pass.
+
+        Returns:
+            Keys and values, (A * N, heads, L, head size); views where the slots are contiguous.
+        """
+        return (
+            self._write(self._keys, layer, keys, plan),
+            self._write(self._values, layer, values, plan),
+        )
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot over another slot's."""
+        for tensors in (self._keys, self._values):
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor[target, :, :, :length] = tensor[source, :, :, :length]
+
+    @property
+    def num_bytes(self) -> int:
+        """Allocated now."""
+        return sum(tensor.nbytes for tensor in (*self._keys, *self._values) if tensor is not None)
+
+    def _write(self, tensors: list[Tensor | None], layer: int, new: Tensor, plan: _Plan) -> Tensor:
+        room = tensors[layer] = self._with_room(tensors[layer], new, plan)
+        if plan.slots.contiguous and plan.uniform:
+            end = plan.start + plan.new_length
+            room[plan.slots.index, :, :, plan.start : end] = new.transpose(2, 3)
+        else:
+            slots = torch.tensor(plan.slots.indices, device=new.device).view(-1, 1, 1)
+            rows = torch.arange(self._rows, device=new.device).view(1, -1, 1)
+            room[slots, rows, :, plan.positions] = new
+        return room[plan.slots.index, :, :, : plan.length].flatten(0, 1)
+
+    def _with_room(self, room: Tensor | None, new: Tensor, plan: _Plan) -> Tensor:
+        num_slots = max(plan.slots.indices) + 1
+        if room is not None and room.shape[0] >= num_slots and room.shape[3] >= plan.length:
+            return room
+        old_slots, old_length = (0, 0) if room is None else (room.shape[0], room.shape[3])
+        if num_slots > old_slots > 0:
+            num_slots = max(num_slots, 2 * old_slots)
+        length = old_length
+        if plan.length > old_length:
+            length = -(-max(plan.length, old_length * 3 // 2) // _GROW_POSITIONS) * _GROW_POSITIONS
+        shape = (max(num_slots, old_slots), self._rows, new.shape[3], length, new.shape[4])
+        grown = torch.zeros(shape, **self._options)  # zeros: what is masked out must still be finite
+        if room is not None:
+            grown[:old_slots, :, :, :old_length] = room
+        return grown
+
+
+class Backbone(ABC):
+    """One model (a whole specialist, or the base with all adapters folded) with a slot for every conversation.
+
+    Attributes:
+        rows_per_slot: N for folded adapters, 1 for a whole specialist.
+    """
+
+    rows_per_slot: int
+
+    @abstractmethod
+    def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
+        """Read tokens, and remember them.
+
+        Args:
+            input_ids: int64, (A, N, T); a row with fewer than T tokens has any at its end: they are never looked at by
+                the tokens before them, and overwritten by what is read next.
+            slots: A slots.
+            starts: int64 on the CPU, (A, N): how many positions of each row count as read.
+
+        Returns:
+            Last hidden states, (A, N, T, H).
+        """
+
+    @abstractmethod
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot over another slot's."""
+
+
+class LlamaBackbone(Backbone):
+    """The Llama block (RMS norm, rotary positions, grouped attention, gated MLP) with joined projections.
+
+    Args:
+        model: of a type in which `supports` finds nothing unusual.
+        rows_per_slot: N for folded adapters, 1 for a whole specialist.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows_per_slot: int) -> None:
+        decoder: Any = model.get_decoder()
+        config = model.config
+        self.rows_per_slot = rows_per_slot
+        self._decoder = decoder
+        self._dtype, self._device = decoder.norm.weight.dtype, decoder.norm.weight.device
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._head_size = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._cache = SlotCache(len(decoder.layers), rows_per_slot, self._dtype, self._device)
+        self._cos = self._sin = torch.empty(0)
+        self._layers = [_LlamaLayer(layer) for layer in decoder.layers]
+        self._last_norm = _Norm(decoder.norm)
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether the model is built of exactly these blocks."""
+        config = model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        return (
+            config.model_type in _LLAMA_BLOCKS
+            and config.hidden_act == "silu"
+            and rope.get("rope_type") in _STATIC_ROPE
+            and rope.get("partial_rotary_factor", 1.0) == 1.0
+            and _attention_kinds(model) == {_FULL}
+        )
+
+    def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
+        """See `Backbone.read`."""
+        plan = _Plan(slots, starts, input_ids.shape[-1], self._device)
+        cos, sin = self._rotation(plan)
+        x = F.embedding(input_ids, self._decoder.embed_tokens.weight)
+        for index, layer in enumerate(self._layers):
+            x = x + layer.output(self._attend(index, layer, x, cos, sin, plan))
+            gate, up = layer.gate_up(layer.second_norm(x)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate).mul_(up))
+        return self._last_norm(x)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See `Backbone.move`."""
+        self._cache.move(source, target, length)
+
+    def _attend(
+        self, index: int, layer: "_LlamaLayer", x: Tensor, cos: Tensor, sin: Tensor, plan: _Plan
+    ) -> Tensor:
+        joined = layer.query_key_value(layer.first_norm(x)).unflatten(-1, (-1, self._head_size))
+        turned = self._heads + self._kv_heads  # queries and keys
+        first, second = joined[..., :turned, :].chunk(2, dim=-1)
+        rotated = torch.cat((-second, first), dim=-1)
+        query_key = torch.addcmul(joined[..., :turned, :] * cos, rotated, sin)
+        keys, values = self._cache.write(
+            index, query_key[..., self._heads :, :], joined[..., turned:, :], plan
+        )
+        queries = query_key[..., : self._heads, :].flatten(0, 1).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True
+        )
+        return attended.transpose(1, 2).reshape(*x.shape[:-1], -1)
+
+    def _rotation(self, plan: _Plan) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (A, N, T, 1, head size), or without the first two where all rows stand alike."""
+        if plan.length > self._cos.shape[0]:
+            length = -(-plan.length // _GROW_POSITIONS) * _GROW_POSITIONS * 2
+            positions = torch.arange(length, device=self._device).unsqueeze(0)
+            probe = torch.empty(0, dtype=self._dtype, device=self._device)
+            cos, sin = self._decoder.rotary_emb(probe, position_ids=positions)
+            self._cos, self._sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        if plan.uniform:
+            end = plan.start + plan.new_length
+            return self._cos[plan.start : end], self._sin[plan.start : end]
+        return self._cos[plan.positions], self._sin[plan.positions]
+
+
+class _LlamaLayer:
+    """One block's projections, joined, and its norms."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.first_norm, self.second_norm = (
+            _Norm(layer.input_layernorm),
+            _Norm(layer.post_attention_layernorm),
+        )
+        self.query_key_value = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.output = Projection([attention.o_proj])
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
+        self.down = Projection([mlp.down_proj])
+
+
+class ModuleBackbone(Backbone):
+    """Any causal language model of transformers whose layers keep keys and values, for all positions or a window.
+
+    Args:
+        model: a whole specialist, or the base with folded adapters.
+        rows_per_slot: N for folded adapters, 1 for a whole specialist.
+
+    Raises:
+        UltrafuserError: layers of another kind, such as recurrent ones.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows_per_slot: int) -> None:
+        self._kinds = _attention_kinds(model)
+        if unknown := self._kinds - {_FULL, _SLIDING}:
+            raise UltrafuserError(
+                f"{type(model).__name__} has layers of the kind {sorted(unknown)[0]!r}; the decoding engine runs those "
+                "that attend to all earlier positions or to a window of them. Use the model's own `generate`."
+            )
+        self._window = (
+            model.config.get_text_config(decoder=True).sliding_window if _SLIDING in self._kinds else None
+        )
+        self.rows_per_slot = rows_per_slot
+        self._decoder = model.get_decoder()
+        config = model.config.get_text_config(decoder=True)
+        self._cache = SlotCache(config.num_hidden_layers, rows_per_slot, model.dtype, model.device)
+        self._dtype, self._device = model.dtype, model.device
+        # Rows filled up beyond their tokens may go beyond what the model has positions for.
+        limit = getattr(config, "max_position_embeddings", None)
+        self._last_position = sys.maxsize if limit is None else limit - 1
+
+    def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
+        """See `Backbone.read`."""
+        plan = _Plan(slots, starts, input_ids.shape[-1], self._device)
+        keys, positions = torch.arange(plan.length, device=self._device), plan.positions.unsqueeze(-1)
+        masks = {_FULL: keys <= positions}
+        if self._window is not None:
+            masks[_SLIDING] = masks[_FULL] & (keys > positions - self._window)
+        # Added to the scores, not boolean: every attention of transformers can take that.
+        lowest = torch.finfo(self._dtype).min
+        zeros = torch.zeros((), dtype=self._dtype, device=self._device)
+        masks = {k: torch.where(_fold(masks[k]).unsqueeze(1), zeros, lowest) for k in self._kinds}
+        output = self._decoder(
+            input_ids=_fold(input_ids),
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=_fold(plan.positions).clamp(max=self._last_position),
+            past_key_values=_ModuleCache(self._cache, plan),
+            use_cache=True,
+        )
+        return output.last_hidden_state.unflatten(0, (self.rows_per_slot, -1)).transpose(0, 1)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See `Backbone.move`."""
+        self._cache.move(source, target, length)
+
+
+class _ModuleCache(Cache):
+    """A `SlotCache` as Hugging Face's modules see it, during one pass; their rows are specialist-major."""
+
+    def __init__(self, cache: SlotCache, plan: _Plan) -> None:
+        super().__init__(layers=[])
+        self._slot_cache, self._plan = cache, plan
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        num_slots = len(self._plan.slots)
+        new_keys, new_values = (
+            _slot_major(states, num_slots).transpose(2, 3) for states in (key_states, value_states)
+        )
+        keys, values = self._slot_cache.write(layer_idx, new_keys, new_values, self._plan)
+        return _fold(keys.unflatten(0, (num_slots, -1))), _fold(values.unflatten(0, (num_slots, -1)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._plan.length - self._plan.new_length
+
+
+def open_backbones(bank: SpecialistBank) -> list[Backbone]:
+    """The bank's models, ready to read: one for all adapters, or one a whole specialist.
+
+    Args:
+        bank: in evaluation mode; its weights are used as they are now.
+    """
+    if isinstance(bank, AdapterSpecialists):
+        return [_backbone(bank.base, bank.num_specialists)]
+    assert isinstance(bank, WholeSpecialists)
+    return [_backbone(model, 1) for model in bank.models]
+
+
+def _backbone(model: Any, rows_per_slot: int) -> Backbone:
+    kind = LlamaBackbone if LlamaBackbone.supports(model) else ModuleBackbone
+    return kind(model, rows_per_slot)
+
+
+def _attention_kinds(model: PreTrainedModel) -> set[str]:
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return set(kinds)
+    return {_FULL if getattr(config, "sliding_window", None) is None else _SLIDING}
+
+
+class _Norm:
+    """Root mean square norm, in float32, in few operations."""
+
+    def __init__(self, norm: Any) -> None:
+        size = norm.weight.shape[0]
+        self._weight = norm.weight.detach().float() * math.sqrt(size)
+        self._epsilon = torch.tensor(norm.variance_epsilon * size, device=norm.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, length, length).rsqrt_()
+        return (x * scale * self._weight).to(x.dtype)
+
+
+def _fold(tensor: Tensor) -> Tensor:
+    """(A, N, ...) -> (N * A, ...), specialist-major."""
+    return tensor.transpose(0, 1).flatten(0, 1)
+
+
+def _slot_major(tensor: Tensor, num_slots: int) -> Tensor:
+    """(N * A, ...) -> (A, N, ...)."""
+    return tensor.unflatten(0, (-1, num_slots)).transpose(0, 1)

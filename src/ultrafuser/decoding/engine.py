@@ -1,0 +1,563 @@
+"""The decoding engine: many conversations at once, each token fused, nothing computed twice.
+
+A conversation is a request until it gets a slot; then its prompts are read (one for each specialist), and every step
+gives each conversation in a slot at least one token. Conversations join and leave between steps. What is right is
+defined by `reference.py`; speculation (`speculation.py`) makes steps longer without changing what comes out.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ultrafuser.decoding.backbones import Slots, open_backbones
+from ultrafuser.decoding.projection import PackedLinear
+from ultrafuser.decoding.sampling import Sampler, SamplingParams
+from ultrafuser.decoding.speculation import (
+    Acceptance,
+    DraftLength,
+    Lookup,
+    SpeculationParams,
+    accept,
+    accept_greedy,
+)
+from ultrafuser.decoding.text import StoppedText
+from ultrafuser.errors import ConversationTooLongError, UltrafuserError
+from ultrafuser.fusion.mix import scale_hidden_states
+from ultrafuser.modeling.model import UltraFuserForCausalLM
+
+FinishReason = Literal["end", "length", "stop", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One generated token.
+
+    Attributes:
+        token_id: the token; the end token, too, is a step, and the last one.
+        gate_weights: N numbers that sum to 1: how much each specialist counted for this token.
+        text: what the response's text has become longer by, the end token's left out; empty while a character is
+            incomplete, or what is there may be the beginning of a stop text.
+        logprob: of the token under the fused model, nats; with `SamplingParams.logprobs`.
+        alternatives: (token id, log-probability) of the likeliest tokens, in order; with `SamplingParams.logprobs`.
+        finish: why this token is the last one: end token, length, or a stop text; None for all others.
+    """
+
+    token_id: int
+    gate_weights: tuple[float, ...]
+    text: str = ""
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class _Conversation:
+    """One request, waiting or in a slot."""
+
+    request_id: int
+    prompts: list[list[int]]
+    sampler: Sampler
+    text: StoppedText
+    only: int | None
+    read: list[int] = field(default_factory=list)  # positions in the caches, by specialist
+    response: list[int] = field(default_factory=list)
+    favourite: int = 0  # the specialist with the largest weight for the last token
+    lookup: Lookup | None = None
+    acceptance: dict[int, Acceptance] = field(default_factory=dict)  # by length of the look-up's match
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sampler.params
+
+    @property
+    def tokens_left(self) -> int:
+        return self.params.max_new_tokens - len(self.response)
+
+    def acceptance_of(self, kind: int) -> Acceptance:
+        return self.acceptance.setdefault(kind, Acceptance())
+
+
+@dataclass
+class _Draft:
+    """Tokens that one conversation may say next.
+
+    Attributes:
+        tokens: K of them; none for a conversation that only takes part.
+        kind: whose acceptance it is: length of the look-up's match, or 0 for a specialist's draft.
+        probabilities: the distributions they were drawn from, float32, (K, V); None where they were certain.
+    """
+
+    tokens: list[int]
+    kind: int = 0
+    probabilities: Tensor | None = None
+
+
+class _Chosen(NamedTuple):
+    """What a step found for one conversation: tokens in order, and each one's weights (K', N) and logits (K', V)."""
+
+    conversation: _Conversation
+    tokens: list[int]
+    weights: Tensor
+    logits: Tensor
+
+
+@dataclass
+class DecodingStats:
+    """What a decoder has done.
+
+    Attributes:
+        steps: that read a token or a draft of every conversation in a slot.
+        tokens: that were said, prompts' first ones included.
+        passes: of one model over its slots, since the prompts: a step of whole specialists makes several.
+        drafted: tokens that were drafted.
+        accepted: of them.
+        drafts: drafts of one conversation in one step.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafts: int = 0
+
+
+class FusedDecoder:
+    """Decodes with a fused model, several conversations at a time.
+
+    The model's weights are used as they are when the decoder is made; make another after training.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: that the specialists share.
+        max_batch: conversations that have a slot at the same time; others wait.
+        speculation: how far to draft ahead; None decodes one token a step. Whole specialists are drafted for by the one
+            that the gate favoured last, adapters by look-up in the context. Greedy responses are the same with and
+            without; sampled ones have the same distribution, but are other samples.
+
+    Attributes:
+        stats: what was done so far.
+
+    Raises:
+        UltrafuserError: max_batch below 1, or an architecture that cannot be decoded this way.
+    """
+
+    def __init__(
+        self,
+        model: UltraFuserForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch: int = 8,
+        speculation: SpeculationParams | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise UltrafuserError(f"max_batch must be at least 1, got {max_batch}.")
+        self._model, self._tokenizer, self._max_batch = model, tokenizer, max_batch
+        self._heads = model.bank.heads()
+        _, weights = scale_hidden_states(
+            [torch.zeros(1, size, device=model.device) for size in model.bank.hidden_sizes],
+            torch.zeros(1, model.num_specialists, device=model.device),
+            self._heads,
+        )
+        self._head_weights = [PackedLinear(weight) for weight in weights]
+        self._backbones = open_backbones(model.bank)
+        self._waiting: deque[_Conversation] = deque()
+        self._active: list[_Conversation] = []  # its place is its slot
+        self._ids = itertools.count()
+        self.stats = DecodingStats()
+        self._speculation = speculation
+        self._num = model.num_specialists
+        self._folded = self._backbones[0].rows_per_slot == self._num
+        if speculation is not None:
+            self._draft_length = DraftLength(self._guessed_cost, self._folded, speculation.max_draft)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """Conversations in slots."""
+        return len(self._active)
+
+    def submit(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
+    ) -> int:
+        """Hand in a request.
+
+        Args:
+            prompts: token ids for each of the N specialists, as `ConversationEncoder.prompt` gives.
+            params: how the response is made.
+            only: name of a specialist that answers alone, as under a gate that gives it the whole weight.
+
+        Returns:
+            The id under which `step` reports its tokens.
+
+        Raises:
+            UltrafuserError: another number of prompts than N, an empty one, or no such specialist.
+            ConversationTooLongError: a prompt and max_new_tokens are more than its specialist can read.
+        """
+        model = self._model
+        if len(prompts) != model.num_specialists or not all(prompts):
+            raise UltrafuserError(
+                f"expected {model.num_specialists} prompts, one for each specialist and none of them empty, got "
+                f"prompts of {[len(prompt) for prompt in prompts]} tokens."
+            )
+        if only is not None and only not in model.specialist_names:
+            raise UltrafuserError(
+                f"there is no specialist {only!r}; there are {', '.join(model.specialist_names)}."
+            )
+        limits = model.bank.context_lengths
+        for name, prompt, limit in zip(model.specialist_names, prompts, limits, strict=True):
+            if limit is not None and len(prompt) + params.max_new_tokens > limit:
+                raise ConversationTooLongError(
+                    f"specialist {name} reads at most {limit} tokens, but the prompt has {len(prompt)} and "
+                    f"max_new_tokens is {params.max_new_tokens}. Shorten the conversation or lower max_new_tokens."
+                )
+        request_id = next(self._ids)
+        conversation = _Conversation(
+            request_id,
+            [list(prompt) for prompt in prompts],
+            Sampler(params, prompts[0]),
+            StoppedText(self._tokenizer, params.stop),
+            None if only is None else model.specialist_names.index(only),
+        )
+        if self._speculation is not None and self._folded:
+            conversation.lookup = Lookup(prompts[0], self._speculation)
+        if params.max_new_tokens > 0:
+            self._waiting.append(conversation)
+        return request_id
+
+    @torch.inference_mode()
+    def cancel(self, request_id: int) -> None:
+        """Forget a request; nothing if it is done."""
+        self._waiting = deque(c for c in self._waiting if c.request_id != request_id)
+        for conversation in self._active:
+            if conversation.request_id == request_id:
+                self._leave(conversation)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, TokenStep]]:
+        """Give every conversation in a slot its next token, after letting waiting ones into free slots.
+
+        Returns:
+            (request id, token) in the order of the responses; empty when there is nothing to do.
+        """
+        known = self._active.copy()
+        while self._waiting and len(self._active) < self._max_batch:
+            self._active.append(self._waiting.popleft())
+        chosen: list[_Chosen] = []
+        if known:
+            chosen += self._advance(known)
+        if len(known) < len(self._active):
+            chosen += self._read_prompts(len(known))
+        return [emitted for found in chosen for emitted in self._say(found)]
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
+    ) -> Iterator[TokenStep]:
+        """One response, token by token; see `submit`. Leaving the iterator early cancels it."""
+        request_id = self.submit(prompts, params, only)
+        return self._stream(request_id, params.max_new_tokens > 0)
+
+    def respond(
+        self, requests: Iterable[tuple[Sequence[Sequence[int]], SamplingParams]]
+    ) -> Iterator[tuple[int, list[TokenStep]]]:
+        """Answer many requests; see `submit`. Leaving the iterator early cancels those that are not done.
+
+        Args:
+            requests: (prompts, params) each; read as slots become free.
+
+        Yields:
+            (index of the request, its response), in the order in which they are done.
+        """
+        source = enumerate(requests)
+        responses: dict[int, tuple[int, list[TokenStep]]] = {}
+        try:
+            while True:
+                while len(self._waiting) + len(self._active) < self._max_batch:
+                    index, request = next(source, (None, None))
+                    if index is None or request is None:
+                        break
+                    request_id = self.submit(*request)
+                    if request[1].max_new_tokens == 0:
+                        yield index, []
+                        continue
+                    responses[request_id] = (index, [])
+                if not responses:
+                    return
+                for request_id, token in self.step():
+                    responses[request_id][1].append(token)
+                    if token.finish is not None:
+                        yield responses.pop(request_id)
+        finally:
+            for request_id in responses:
+                self.cancel(request_id)
+
+    def _stream(self, request_id: int, wanted: bool) -> Iterator[TokenStep]:
+        try:
+            while wanted:
+                for owner, token in self.step():
+                    if owner == request_id:
+                        yield token
+                        wanted = token.finish is None
+        finally:
+            self.cancel(request_id)
+
+    def _read_prompts(self, first: int) -> list[_Chosen]:
+        """Read the prompts of the conversations from slot `first` on, and choose their first tokens."""
+        newcomers = self._active[first:]
+        rows = [torch.tensor(prompt) for c in newcomers for prompt in c.prompts]
+        ids = pad_sequence(rows, batch_first=True).view(len(newcomers), self._model.num_specialists, -1)
+        lengths = torch.tensor([[len(prompt) for prompt in c.prompts] for c in newcomers])
+        states = self._read(ids, Slots(range(first, len(self._active))), torch.zeros_like(lengths))
+        for conversation, read in zip(newcomers, lengths.tolist(), strict=True):
+            conversation.read = read
+        places = torch.arange(len(newcomers))
+        last = [state[places, lengths[:, index] - 1].unsqueeze(1) for index, state in enumerate(states)]
+        return self._choose(newcomers, [_Draft([]) for _ in newcomers], last, [1] * len(newcomers))
+
+    def _advance(self, conversations: list[_Conversation]) -> list[_Chosen]:
+        """Read every conversation's last token, and a draft of what follows where that pays."""
+        start = time.perf_counter()
+        drafts = [_Draft([]) for _ in conversations]
+        if self._speculation is None:
+            chosen = self._read_on(conversations, drafts)
+        elif self._folded:
+            drafts = self._looked_up(conversations)
+            chosen = self._read_on(conversations, drafts)
+        else:
+            length = self._draft_length.best(
+                len(conversations), [c.acceptance_of(0).rate for c in conversations]
+            )
+            if not length:
+                for conversation in conversations:
+                    conversation.acceptance_of(0).fade()
+            chosen = (
+                self._read_with_drafts(conversations, drafts, length)
+                if length
+                else self._read_on(conversations, drafts)
+            )
+        for found in chosen:
+            found.conversation.read = [read + len(found.tokens) for read in found.conversation.read]
+        if self._speculation is not None:
+            longest = max(len(draft.tokens) for draft in drafts)
+            self._draft_length.observe(len(conversations), longest, time.perf_counter() - start)
+        self.stats.steps += 1
+        return chosen
+
+    def _read_on(self, conversations: list[_Conversation], drafts: list[_Draft]) -> list[_Chosen]:
+        """One pass of all specialists over last tokens and drafts; it also gives the token after a whole draft."""
+        rows = [[c.response[-1], *draft.tokens] for c, draft in zip(conversations, drafts, strict=True)]
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).unsqueeze(1)
+        starts = torch.tensor([c.read for c in conversations])
+        states = self._read(ids.expand(-1, self._num, -1), Slots(range(len(conversations))), starts)
+        return self._choose(conversations, drafts, states, [len(row) for row in rows])
+
+    def _looked_up(self, conversations: list[_Conversation]) -> list[_Draft]:
+        """A draft from the context for every conversation that has one, if drafting pays."""
+        assert self._speculation is not None
+        drafts = []
+        for conversation in conversations:
+            assert conversation.lookup is not None
+            room = min(self._speculation.max_draft, conversation.tokens_left - 1)
+            drafts.append(_Draft(*conversation.lookup.draft(room)))
+        pairs = [(c, draft) for c, draft in zip(conversations, drafts, strict=True) if draft.tokens]
+        rates = [c.acceptance_of(draft.kind).rate for c, draft in pairs]
+        length = self._draft_length.best(len(conversations), rates) if rates else 0
+        for conversation, draft in pairs:
+            draft.tokens = draft.tokens[:length]
+            if not length:
+                conversation.acceptance_of(draft.kind).fade()
+        return drafts
+
+    def _read_with_drafts(
+        self, conversations: list[_Conversation], drafts: list[_Draft], length: int
+    ) -> list[_Chosen]:
+        """Each conversation's favoured specialist drafts `length` tokens alone; the others read them in one pass."""
+        starts = torch.tensor([c.read for c in conversations])
+        last = torch.tensor([c.response[-1] for c in conversations])
+        read = torch.empty(len(conversations), length, dtype=torch.int64)
+        sizes = self._model.bank.hidden_sizes
+        dtype, device = self._heads[0].weight.dtype, self._model.device
+        states = [torch.empty(len(conversations), length, size, dtype=dtype, device=device) for size in sizes]
+        drafted: list[list[Tensor]] = [[] for _ in conversations]
+        rows_of = [[a for a, c in enumerate(conversations) if c.favourite == j] for j in range(self._num)]
+        for step in range(length):
+            read[:, step] = last
+            for j, rows in enumerate(rows_of):
+                if not rows:
+                    continue
+                self.stats.passes += 1
+                ids = last[rows].view(-1, 1, 1).to(device)
+                state = self._backbones[j].read(ids, Slots(rows), starts[rows, j : j + 1] + step)[:, 0, 0]
+                states[j][rows, step] = state
+                logits = self._alone(j, state)
+                for row, token_logits in zip(rows, logits, strict=True):
+                    token, probabilities = _draw_draft(conversations[row], drafts[row], token_logits)
+                    last[row] = token
+                    drafts[row].tokens.append(token)
+                    drafted[row] += [] if probabilities is None else [probabilities]
+        for draft, probabilities_of in zip(drafts, drafted, strict=True):
+            draft.probabilities = torch.stack(probabilities_of) if probabilities_of else None
+        for j, drafted_rows in enumerate(rows_of):
+            rows = [row for row in range(len(conversations)) if row not in drafted_rows]
+            if rows:
+                self.stats.passes += 1
+                ids = read[rows].unsqueeze(1).to(device)
+                states[j][rows] = self._backbones[j].read(ids, Slots(rows), starts[rows, j : j + 1])[:, 0]
+        return self._choose(conversations, drafts, states, [length] * len(conversations))
+
+    def _alone(self, specialist: int, states: Tensor) -> Tensor:
+        """One specialist's own logits, (R, V), for its states (R, H_j)."""
+        head = self._heads[specialist]
+        logits = self._head_weights[specialist](states)
+        return (logits if head.bias is None else logits + head.bias) * head.scale
+
+    def _guessed_cost(self, num_drafted: int) -> float:
+        """Time of a step that drafts over a plain one's, until it is known: a token more costs a pass little."""
+        if self._folded:
+            return 1 + 0.05 * num_drafted
+        return (num_drafted + (self._num - 1) * (1 + 0.05 * (num_drafted - 1))) / self._num
+
+    def _read(self, ids: Tensor, slots: Slots, starts: Tensor) -> list[Tensor]:
+        """Run all specialists over ids (A, N, T): N tensors (A, T, H_j)."""
+        ids = ids.to(self._model.device)
+        self.stats.passes += len(self._backbones)
+        if self._folded:
+            return list(self._backbones[0].read(ids, slots, starts).unbind(1))
+        return [
+            backbone.read(ids[:, j : j + 1], slots, starts[:, j : j + 1])[:, 0]
+            for j, backbone in enumerate(self._backbones)
+        ]
+
+    def _choose(
+        self,
+        conversations: Sequence[_Conversation],
+        drafts: Sequence[_Draft],
+        states: Sequence[Tensor],
+        counts: Sequence[int],
+    ) -> list[_Chosen]:
+        """Fuse, and take the tokens that stand.
+
+        Args:
+            conversations: A of them.
+            drafts: of each.
+            states: N tensors (A, T, H_j).
+            counts: how many of the T positions of each conversation predict a token.
+        """
+        rows = torch.tensor([a for a, count in enumerate(counts) for _ in range(count)])
+        columns = torch.tensor([t for count in counts for t in range(count)])
+        owners = [conversations[a] for a in rows.tolist()]
+        logits, weights = self._fuse([state[rows, columns] for state in states], owners)
+        likeliest = logits.argmax(dim=-1).tolist()
+        chosen, first = [], 0
+        for conversation, draft, count in zip(conversations, drafts, counts, strict=True):
+            part = slice(first, first + count)
+            num_accepted, following = _standing(conversation, draft, logits[part], likeliest[part])
+            tokens = [*draft.tokens[:num_accepted], *following]
+            chosen.append(_Chosen(conversation, tokens, weights[part], logits[part]))
+            if draft.tokens:
+                conversation.acceptance_of(draft.kind).observe(len(draft.tokens), num_accepted)
+                self.stats.drafts += 1
+                self.stats.drafted += len(draft.tokens)
+                self.stats.accepted += num_accepted
+            first += count
+        return chosen
+
+    def _fuse(self, states: Sequence[Tensor], owners: Sequence[_Conversation]) -> tuple[Tensor, Tensor]:
+        """Logits (R, V) and weights (R, N) for states N x (R, H_j); each row belongs to a conversation."""
+        weights = self._model.gate(states)
+        for row, conversation in enumerate(owners):
+            if conversation.only is not None:
+                weights[row] = 0
+                weights[row, conversation.only] = 1
+        inputs, _ = scale_hidden_states(states, weights, self._heads)
+        parts = [head(x) for head, x in zip(self._head_weights, inputs, strict=True)]
+        return sum(parts[1:], parts[0]), weights
+
+    def _say(self, chosen: _Chosen) -> Iterator[tuple[int, TokenStep]]:
+        """Make chosen tokens part of the response, up to the one that ends it."""
+        conversation, tokens, weights, logits = chosen
+        params = conversation.params
+        for token, weight, row in zip(tokens, weights.tolist(), logits, strict=False):
+            conversation.response.append(token)
+            conversation.sampler.said([token])
+            if conversation.lookup is not None:
+                conversation.lookup.extend([token])
+            conversation.favourite = max(range(self._num), key=weight.__getitem__)
+            self.stats.tokens += 1
+            text = "" if token == self._model.config.end_token_id else conversation.text.push(token)
+            finish = self._finish(conversation)
+            if finish is not None:
+                text += conversation.text.flush()
+                self._leave(conversation)
+            logprob, alternatives = _log_probabilities(row, token, params.logprobs)
+            yield (
+                conversation.request_id,
+                TokenStep(token, tuple(weight), text, logprob, alternatives, finish),
+            )
+            if finish is not None:
+                return
+
+    def _finish(self, conversation: _Conversation) -> FinishReason | None:
+        if conversation.response[-1] == self._model.config.end_token_id:
+            return "end"
+        if conversation.text.stopped:
+            return "stop"
+        return "length" if conversation.tokens_left == 0 else None
+
+    def _leave(self, conversation: _Conversation) -> None:
+        """Free a slot; the last conversation moves into it, so that slots stay without gaps."""
+        slot, last = self._active.index(conversation), self._active[-1]
+        if last is not conversation:
+            for index, backbone in enumerate(self._backbones):
+                length = max(last.read) if self._folded else last.read[index]
+                backbone.move(len(self._active) - 1, slot, length)
+            self._active[slot] = last
+        self._active.pop()
+
+
+def _draw_draft(conversation: _Conversation, draft: _Draft, logits: Tensor) -> tuple[int, Tensor | None]:
+    """A token from a specialist's logits (V,), and the distribution it was drawn from unless it was certain."""
+    sampler = conversation.sampler
+    if sampler.takes_likeliest:
+        return int(logits.argmax()), None
+    # As many rows as the sampler expects for the tokens drafted before; only the last one is used.
+    row = sampler.probabilities(logits.expand(len(draft.tokens) + 1, -1), draft.tokens)[-1]
+    return (int(row.argmax()), None) if sampler.params.greedy else (sampler.draw(row), row)
+
+
+def _standing(
+    conversation: _Conversation, draft: _Draft, logits: Tensor, likeliest: Sequence[int]
+) -> tuple[int, list[int]]:
+    """How many drafted tokens the fused model accepts, and its own token behind them, if there is one."""
+    sampler = conversation.sampler
+    if sampler.params.greedy:
+        if not sampler.takes_likeliest:
+            likeliest = sampler.greedy_tokens(logits, draft.tokens).tolist()
+        num_accepted, following = accept_greedy(draft.tokens, likeliest)
+    else:
+        probabilities = sampler.probabilities(logits, draft.tokens)
+        num_accepted, following = accept(draft.tokens, draft.probabilities, probabilities, sampler)
+    return num_accepted, [] if following is None else [following]
+
+
+def _log_probabilities(
+    logits: Tensor, token: int, num_alternatives: int | None
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    if num_alternatives is None:
+        return None, ()
+    scores = logits.float().log_softmax(dim=-1)
+    best = scores.topk(min(num_alternatives, len(scores)))
+    return float(scores[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

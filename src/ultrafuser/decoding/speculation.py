@@ -1,0 +1,211 @@
+"""Exact speculation: cheap drafts of several tokens, verified by the fused model in one pass.
+
+Accepting a drafted token x with probability min(1, r(x) / q(x)), and otherwise drawing from the positive part of
+r - q, gives tokens distributed as r whatever q is (Leviathan et al. 2023, arXiv 2211.17192; r is the fused model's
+distribution, q the draft's). Greedy decoding is the case of one-hot r. This module knows of drafts, acceptance and
+how many tokens to draft; running models is the engine's.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ultrafuser.decoding.sampling import Sampler
+from ultrafuser.errors import UltrafuserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationParams:
+    """How far ahead tokens are drafted.
+
+    Attributes:
+        max_draft: tokens drafted at once, at most.
+        max_match: tokens at the end of the context, at most, whose earlier occurrence a look-up follows.
+        min_match: tokens of it, at least.
+
+    Raises:
+        UltrafuserError: a setting is out of range.
+    """
+
+    max_draft: int = 16
+    max_match: int = 4
+    min_match: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_draft < 1 or not 1 <= self.min_match <= self.max_match:
+            raise UltrafuserError(
+                "speculation: max_draft must be at least 1 and min_match within 1 to max_match, "
+                f"got {self.max_draft}, {self.min_match} and {self.max_match}."
+            )
+
+
+def accept(
+    drafted: Sequence[int], draft: Tensor | None, target: Tensor, sampler: Sampler
+) -> tuple[int, int | None]:
+    """Which drafted tokens stand, and what comes instead of the first that does not.
+
+    Args:
+        drafted: K tokens, each drawn from its row of `draft`.
+        draft: q, float32, (K, V); None for tokens that were certain (q is one-hot).
+        target: r, float32, (K, V) or (K + 1, V): with one row more the token after the last drafted one is drawn, too.
+        sampler: of the response; its random numbers are used.
+
+    Returns:
+        How many tokens are accepted, and the token that follows them: None when all K are and target has no row more.
+    """
+    for index, token in enumerate(drafted):
+        r = target[index]
+        q_token = 1.0 if draft is None else float(draft[index, token])
+        if sampler.uniform() * q_token < float(r[token]):
+            continue
+        if draft is None:
+            rest = r.clone()
+            rest[token] = 0.0
+        else:
+            rest = (r - draft[index]).clamp_(min=0.0)
+        # Nothing is left only where rounding tells equal distributions apart.
+        return index, sampler.draw(rest if bool(rest.any()) else r)
+    following = sampler.draw(target[len(drafted)]) if len(target) > len(drafted) else None
+    return len(drafted), following
+
+
+def accept_greedy(drafted: Sequence[int], likeliest: Sequence[int]) -> tuple[int, int | None]:
+    """`accept` for greedy decoding: drafted tokens stand as long as they are the fused model's likeliest."""
+    for index, (token, expected) in enumerate(zip(drafted, likeliest, strict=False)):
+        if token != expected:
+            return index, expected
+    return len(drafted), likeliest[len(drafted)] if len(likeliest) > len(drafted) else None
+
+
+class Lookup:
+    """Drafts from the context: what followed the last occurrence of the tokens that the context now ends with.
+
+    Args:
+        context: the tokens so far; it must grow only through `extend`.
+        params: lengths of matches and drafts.
+    """
+
+    def __init__(self, context: Sequence[int], params: SpeculationParams) -> None:
+        self._params = params
+        self._context: list[int] = []
+        self._after: dict[
+            tuple[int, ...], int
+        ] = {}  # tokens -> place behind their last but current occurrence
+        self.extend(context)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the context."""
+        for token in tokens:
+            # What the context ends with is noted only when it goes on, or a match would find itself.
+            end = len(self._context)
+            for length in range(self._params.min_match, self._params.max_match + 1):
+                if length <= end:
+                    self._after[tuple(self._context[end - length :])] = end
+            self._context.append(token)
+
+    def draft(self, num_tokens: int) -> tuple[list[int], int]:
+        """At most `num_tokens` tokens, and the length of the match that they follow (0 for none)."""
+        for length in range(self._params.max_match, self._params.min_match - 1, -1):
+            place = self._after.get(tuple(self._context[-length:])) if length <= len(self._context) else None
+            if place is not None:
+                drafted: list[int] = []
+                while len(drafted) < num_tokens:  # a loop repeats itself beyond the end of the context
+                    index = place + len(drafted)
+                    beyond = index - len(self._context)
+                    drafted.append(self._context[index] if beyond < 0 else drafted[beyond])
+                return drafted, length
+        return [], 0
+
+
+class DraftLength:
+    """Chooses how many tokens to draft, from what steps have cost and how often drafts were accepted.
+
+    Drafting pays as long as the tokens that it is expected to bring cost less time than plain steps would take for
+    them. Where it does not, nothing is drafted; experience fades meanwhile, so that it is tried again now and then.
+
+    Args:
+        guess: time of a step that drafts K tokens over a plain one's, until it has been measured.
+        bonus: whether the pass that verifies K tokens also gives the one after them.
+        max_draft: K at most.
+    """
+
+    _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    _TRIED_AGAIN_AFTER = 64  # plain steps; then what drafting cost is forgotten
+
+    def __init__(self, guess: Callable[[int], float], bonus: bool, max_draft: int) -> None:
+        self._guess, self._bonus = guess, bonus
+        self._lengths = [length for length in self._LENGTHS if length < max_draft] + [max_draft]
+        self._seconds: dict[tuple[int, int], deque[float]] = {}
+        self._plain_in_a_row = 0
+
+    def observe(self, num_conversations: int, num_drafted: int, seconds: float) -> None:
+        """Learn what a step took that drafted `num_drafted` tokens (0: a plain one) for each conversation."""
+        self._plain_in_a_row = 0 if num_drafted else self._plain_in_a_row + 1
+        if self._plain_in_a_row > self._TRIED_AGAIN_AFTER:
+            self._plain_in_a_row = 0
+            self._seconds = {key: seen for key, seen in self._seconds.items() if key[1] == 0}
+        self._seconds.setdefault((num_conversations, num_drafted), deque(maxlen=5)).append(seconds)
+
+    def best(self, num_conversations: int, rates: Sequence[float]) -> int:
+        """The number of tokens to draft for each conversation; 0 for none.
+
+        Args:
+            num_conversations: in the step.
+            rates: of acceptance, for those conversations that have a draft.
+        """
+        if (num_conversations, 0) not in self._seconds:
+            return 0  # the first step is plain: what others cost is measured against it
+        without = num_conversations - len(rates)
+
+        def tokens_per_s(length: int) -> float:
+            expected = without + sum(expected_tokens(rate, length, self._bonus) for rate in rates)
+            return expected / self._expected_s(num_conversations, length)
+
+        best = max(self._lengths, key=tokens_per_s)
+        plain = num_conversations / self._expected_s(num_conversations, 0)
+        return best if tokens_per_s(best) > 1.02 * plain else 0
+
+    def _expected_s(self, num_conversations: int, num_drafted: int) -> float:
+        seen = self._seconds.get((num_conversations, num_drafted))
+        if seen is not None:
+            return statistics.median(seen)
+        return statistics.median(self._seconds[num_conversations, 0]) * self._guess(num_drafted)
+
+
+class Acceptance:
+    """Rate at which one conversation's drafted tokens are accepted; recent ones count most."""
+
+    _PRIOR_RATE, _PRIOR_WEIGHT, _MEMORY, _FADING = 0.8, 2.0, 0.9, 0.98
+
+    def __init__(self) -> None:
+        self._accepted = self._judged = 0.0
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Learn from a draft: tokens behind the first rejected one say nothing."""
+        judged = min(num_accepted + 1, num_drafted)
+        self._accepted = self._MEMORY * self._accepted + num_accepted
+        self._judged = self._MEMORY * self._judged + judged
+
+    def fade(self) -> None:
+        """Forget a little, after a step without a draft."""
+        self._accepted *= self._FADING
+        self._judged *= self._FADING
+
+    @property
+    def rate(self) -> float:
+        """Expected probability that a drafted token is accepted, given that those before it are."""
+        return (self._accepted + self._PRIOR_RATE * self._PRIOR_WEIGHT) / (self._judged + self._PRIOR_WEIGHT)
+
+
+def expected_tokens(rate: float, num_drafted: int, bonus: bool) -> float:
+    """Tokens that a draft brings: the accepted ones and, where not all are (or with a bonus), one more.
+
+    Args:
+        rate: probability that a drafted token is accepted, given those before it.
+        num_drafted: K.
+        bonus: whether the pass that verifies K tokens also gives the one after them.
+    """
+    return sum(rate**index for index in range(num_drafted + bonus))
