@@ -36,7 +36,8 @@ from transformers import StoppingCriteria
 
 from ultrafuser import FusedModel, open_fused
 from ultrafuser.cli.report import provenance, write_metrics
-from ultrafuser.decoding.engine import DecodingStats, FusedDecoder
+from ultrafuser.decoding.conversation import DecodingStats
+from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
 from ultrafuser.decoding.speculation import SpeculationParams
 from ultrafuser.modeling.assembly import model_from_tensors

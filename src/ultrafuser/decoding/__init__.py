@@ -1,6 +1,7 @@
 """Generation: a slow loop that defines what is right, and an engine that gives the same faster."""
 
-from ultrafuser.decoding.engine import DecodingStats, FusedDecoder, TokenStep
+from ultrafuser.decoding.conversation import DecodingStats
+from ultrafuser.decoding.engine import FusedDecoder, TokenStep
 from ultrafuser.decoding.reference import reference_tokens
 from ultrafuser.decoding.sampling import SamplingParams
 from ultrafuser.decoding.speculation import SpeculationParams

@@ -5,19 +5,26 @@ positions back means reading again from an earlier one. `LlamaBackbone` computes
 few and large operations; `ModuleBackbone` runs Hugging Face's modules, for every other architecture.
 """
 
+import copy
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ultrafuser.decoding.projection import Projection
+from ultrafuser.decoding.projection import (
+    Product,
+    Projection,
+    can_quantize,
+    quantized_projection,
+    working_dtype,
+)
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.modeling.specialists import AdapterSpecialists, SpecialistBank, WholeSpecialists
 
@@ -86,7 +93,9 @@ class SlotCache:
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, keys: Tensor, values: Tensor, plan: _Plan, first_row: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Write new positions of a layer; return all keys and values that the pass may look at.
 
         Args:
@@ -94,13 +103,15 @@ class SlotCache:
             keys: (A, N, T, heads, head size).
             values: the same.
             plan: of the pass.
+            first_row: of the N rows that the pass has, among a slot's.
 
         Returns:
             Keys and values, (A * N, heads, L, head size); views where the slots are contiguous.
         """
+        rows = slice(first_row, first_row + keys.shape[1])
         return (
-            self._write(self._keys, layer, keys, plan),
-            self._write(self._values, layer, values, plan),
+            self._write(self._keys, layer, keys, plan, rows),
+            self._write(self._values, layer, values, plan, rows),
         )
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -115,16 +126,18 @@ class SlotCache:
         """Allocated now."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values) if tensor is not None)
 
-    def _write(self, tensors: list[Tensor | None], layer: int, new: Tensor, plan: _Plan) -> Tensor:
+    def _write(
+        self, tensors: list[Tensor | None], layer: int, new: Tensor, plan: _Plan, rows: slice
+    ) -> Tensor:
         room = tensors[layer] = self._with_room(tensors[layer], new, plan)
         if plan.slots.contiguous and plan.uniform:
             end = plan.start + plan.new_length
-            room[plan.slots.index, :, :, plan.start : end] = new.transpose(2, 3)
+            room[plan.slots.index, rows, :, plan.start : end] = new.transpose(2, 3)
         else:
             slots = torch.tensor(plan.slots.indices, device=new.device).view(-1, 1, 1)
-            rows = torch.arange(self._rows, device=new.device).view(1, -1, 1)
-            room[slots, rows, :, plan.positions] = new
-        return room[plan.slots.index, :, :, : plan.length].flatten(0, 1)
+            places = torch.arange(rows.start, rows.stop, device=new.device).view(1, -1, 1)
+            room[slots, places, :, plan.positions] = new.to(room.dtype)
+        return room[plan.slots.index, rows, :, : plan.length].flatten(0, 1)
 
     def _with_room(self, room: Tensor | None, new: Tensor, plan: _Plan) -> Tensor:
         num_slots = max(plan.slots.indices) + 1
@@ -148,9 +161,11 @@ class Backbone(ABC):
 
     Attributes:
         rows_per_slot: N for folded adapters, 1 for a whole specialist.
+        device: where the model is.
     """
 
     rows_per_slot: int
+    device: torch.device
 
     @abstractmethod
     def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
@@ -170,6 +185,17 @@ class Backbone(ABC):
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot over another slot's."""
 
+    def quantized(self, row: int) -> "Backbone | None":
+        """A fast, inexact copy of what runs in one of a slot's rows, for drafting; None where it cannot be had.
+
+        The copy shares this backbone's keys and values: it reads on from what was read exactly, and what it reads
+        itself counts only until the same positions are read again here.
+
+        Args:
+            row: index of a specialist among folded adapters; 0 for a whole specialist.
+        """
+        return None
+
 
 class LlamaBackbone(Backbone):
     """The Llama block (RMS norm, rotary positions, grouped attention, gated MLP) with joined projections.
@@ -183,13 +209,15 @@ class LlamaBackbone(Backbone):
         decoder: Any = model.get_decoder()
         config = model.config
         self.rows_per_slot = rows_per_slot
+        self._first_row = 0
         self._decoder = decoder
-        self._dtype, self._device = decoder.norm.weight.dtype, decoder.norm.weight.device
+        self._dtype = working_dtype(decoder.layers[0].mlp.down_proj.weight)
+        self.device = decoder.norm.weight.device
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_size = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._cache = SlotCache(len(decoder.layers), rows_per_slot, self._dtype, self._device)
+        self._cache = SlotCache(len(decoder.layers), rows_per_slot, self._dtype, self.device)
         self._cos = self._sin = torch.empty(0)
-        self._layers = [_LlamaLayer(layer) for layer in decoder.layers]
+        self._layers = [_LlamaLayer(layer, Projection) for layer in decoder.layers]
         self._last_norm = _Norm(decoder.norm)
 
     @staticmethod
@@ -207,9 +235,9 @@ class LlamaBackbone(Backbone):
 
     def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
         """See `Backbone.read`."""
-        plan = _Plan(slots, starts, input_ids.shape[-1], self._device)
+        plan = _Plan(slots, starts, input_ids.shape[-1], self.device)
         cos, sin = self._rotation(plan)
-        x = F.embedding(input_ids, self._decoder.embed_tokens.weight)
+        x = F.embedding(input_ids, self._decoder.embed_tokens.weight).to(self._dtype)
         for index, layer in enumerate(self._layers):
             x = x + layer.output(self._attend(index, layer, x, cos, sin, plan))
             gate, up = layer.gate_up(layer.second_norm(x)).chunk(2, dim=-1)
@@ -220,6 +248,18 @@ class LlamaBackbone(Backbone):
         """See `Backbone.move`."""
         self._cache.move(source, target, length)
 
+    def quantized(self, row: int) -> Backbone | None:
+        """See `Backbone.quantized`."""
+        if not can_quantize(self.device):
+            return None
+        draft = copy.copy(self)
+        draft.rows_per_slot, draft._first_row = 1, row
+        draft._layers = [
+            _LlamaLayer(layer, lambda layers: quantized_projection(layers, row))
+            for layer in self._decoder.layers
+        ]
+        return draft
+
     def _attend(
         self, index: int, layer: "_LlamaLayer", x: Tensor, cos: Tensor, sin: Tensor, plan: _Plan
     ) -> Tensor:
@@ -229,7 +269,7 @@ class LlamaBackbone(Backbone):
         rotated = torch.cat((-second, first), dim=-1)
         query_key = torch.addcmul(joined[..., :turned, :] * cos, rotated, sin)
         keys, values = self._cache.write(
-            index, query_key[..., self._heads :, :], joined[..., turned:, :], plan
+            index, query_key[..., self._heads :, :], joined[..., turned:, :], plan, self._first_row
         )
         queries = query_key[..., : self._heads, :].flatten(0, 1).transpose(1, 2)
         attended = F.scaled_dot_product_attention(
@@ -241,8 +281,8 @@ class LlamaBackbone(Backbone):
         """Cosines and sines, (A, N, T, 1, head size), or without the first two where all rows stand alike."""
         if plan.length > self._cos.shape[0]:
             length = -(-plan.length // _GROW_POSITIONS) * _GROW_POSITIONS * 2
-            positions = torch.arange(length, device=self._device).unsqueeze(0)
-            probe = torch.empty(0, dtype=self._dtype, device=self._device)
+            positions = torch.arange(length, device=self.device).unsqueeze(0)
+            probe = torch.empty(0, dtype=self._dtype, device=self.device)
             cos, sin = self._decoder.rotary_emb(probe, position_ids=positions)
             self._cos, self._sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
         if plan.uniform:
@@ -252,18 +292,23 @@ class LlamaBackbone(Backbone):
 
 
 class _LlamaLayer:
-    """One block's projections, joined, and its norms."""
+    """One block's projections, joined, and its norms.
 
-    def __init__(self, layer: Any) -> None:
+    Args:
+        layer: of the model.
+        project: makes several of its linear layers one.
+    """
+
+    def __init__(self, layer: Any, project: Callable[[Sequence[nn.Module]], Product]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.first_norm, self.second_norm = (
             _Norm(layer.input_layernorm),
             _Norm(layer.post_attention_layernorm),
         )
-        self.query_key_value = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.output = Projection([attention.o_proj])
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self.down = Projection([mlp.down_proj])
+        self.query_key_value = project([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.output = project([attention.o_proj])
+        self.gate_up = project([mlp.gate_proj, mlp.up_proj])
+        self.down = project([mlp.down_proj])
 
 
 class ModuleBackbone(Backbone):
@@ -291,21 +336,21 @@ class ModuleBackbone(Backbone):
         self._decoder = model.get_decoder()
         config = model.config.get_text_config(decoder=True)
         self._cache = SlotCache(config.num_hidden_layers, rows_per_slot, model.dtype, model.device)
-        self._dtype, self._device = model.dtype, model.device
+        self._dtype, self.device = model.dtype, model.device
         # Rows filled up beyond their tokens may go beyond what the model has positions for.
         limit = getattr(config, "max_position_embeddings", None)
         self._last_position = sys.maxsize if limit is None else limit - 1
 
     def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
         """See `Backbone.read`."""
-        plan = _Plan(slots, starts, input_ids.shape[-1], self._device)
-        keys, positions = torch.arange(plan.length, device=self._device), plan.positions.unsqueeze(-1)
+        plan = _Plan(slots, starts, input_ids.shape[-1], self.device)
+        keys, positions = torch.arange(plan.length, device=self.device), plan.positions.unsqueeze(-1)
         masks = {_FULL: keys <= positions}
         if self._window is not None:
             masks[_SLIDING] = masks[_FULL] & (keys > positions - self._window)
         # Added to the scores, not boolean: every attention of transformers can take that.
         lowest = torch.finfo(self._dtype).min
-        zeros = torch.zeros((), dtype=self._dtype, device=self._device)
+        zeros = torch.zeros((), dtype=self._dtype, device=self.device)
         masks = {k: torch.where(_fold(masks[k]).unsqueeze(1), zeros, lowest) for k in self._kinds}
         output = self._decoder(
             input_ids=_fold(input_ids),
@@ -349,12 +394,21 @@ def open_backbones(bank: SpecialistBank) -> list[Backbone]:
         bank: in evaluation mode; its weights are used as they are now.
     """
     if isinstance(bank, AdapterSpecialists):
-        return [_backbone(bank.base, bank.num_specialists)]
+        return [open_backbone(bank.base, bank.num_specialists)]
     assert isinstance(bank, WholeSpecialists)
-    return [_backbone(model, 1) for model in bank.models]
+    return [open_backbone(model) for model in bank.models]
 
 
-def _backbone(model: Any, rows_per_slot: int) -> Backbone:
+def open_backbone(model: Any, rows_per_slot: int = 1) -> Backbone:
+    """A model, ready to read.
+
+    Args:
+        model: of transformers, in evaluation mode.
+        rows_per_slot: N for folded adapters, 1 for a whole specialist.
+
+    Raises:
+        UltrafuserError: its layers are of a kind that cannot be decoded this way.
+    """
     kind = LlamaBackbone if LlamaBackbone.supports(model) else ModuleBackbone
     return kind(model, rows_per_slot)
 

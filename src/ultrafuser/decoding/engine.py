@@ -9,19 +9,20 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ultrafuser.decoding.backbones import Slots, open_backbones
+from ultrafuser.decoding.conversation import Conversation, DecodingStats, Draft
+from ultrafuser.decoding.drafting import looked_up, open_drafter
 from ultrafuser.decoding.projection import PackedLinear
 from ultrafuser.decoding.sampling import Sampler, SamplingParams
 from ultrafuser.decoding.speculation import (
-    Acceptance,
     DraftLength,
     Lookup,
     SpeculationParams,
@@ -58,76 +59,13 @@ class TokenStep:
     finish: FinishReason | None = None
 
 
-@dataclass(eq=False)
-class _Conversation:
-    """One request, waiting or in a slot."""
-
-    request_id: int
-    prompts: list[list[int]]
-    sampler: Sampler
-    text: StoppedText
-    only: int | None
-    read: list[int] = field(default_factory=list)  # positions in the caches, by specialist
-    response: list[int] = field(default_factory=list)
-    favourite: int = 0  # the specialist with the largest weight for the last token
-    lookup: Lookup | None = None
-    acceptance: dict[int, Acceptance] = field(default_factory=dict)  # by length of the look-up's match
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.sampler.params
-
-    @property
-    def tokens_left(self) -> int:
-        return self.params.max_new_tokens - len(self.response)
-
-    def acceptance_of(self, kind: int) -> Acceptance:
-        return self.acceptance.setdefault(kind, Acceptance())
-
-
-@dataclass
-class _Draft:
-    """Tokens that one conversation may say next.
-
-    Attributes:
-        tokens: K of them; none for a conversation that only takes part.
-        kind: whose acceptance it is: length of the look-up's match, or 0 for a specialist's draft.
-        probabilities: the distributions they were drawn from, float32, (K, V); None where they were certain.
-    """
-
-    tokens: list[int]
-    kind: int = 0
-    probabilities: Tensor | None = None
-
-
 class _Chosen(NamedTuple):
     """What a step found for one conversation: tokens in order, and each one's weights (K', N) and logits (K', V)."""
 
-    conversation: _Conversation
+    conversation: Conversation
     tokens: list[int]
     weights: Tensor
     logits: Tensor
-
-
-@dataclass
-class DecodingStats:
-    """What a decoder has done.
-
-    Attributes:
-        steps: that read a token or a draft of every conversation in a slot.
-        tokens: that were said, prompts' first ones included.
-        passes: of one model over its slots, since the prompts: a step of whole specialists makes several.
-        drafted: tokens that were drafted.
-        accepted: of them.
-        drafts: drafts of one conversation in one step.
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    passes: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    drafts: int = 0
 
 
 class FusedDecoder:
@@ -139,15 +77,16 @@ class FusedDecoder:
         model: in evaluation mode.
         tokenizer: that the specialists share.
         max_batch: conversations that have a slot at the same time; others wait.
-        speculation: how far to draft ahead; None decodes one token a step. Whole specialists are drafted for by the one
-            that the gate favoured last, adapters by look-up in the context. Greedy responses are the same with and
-            without; sampled ones have the same distribution, but are other samples.
+        speculation: who drafts, and how far ahead; None decodes one token a step. Greedy responses are the same with
+            and without; sampled ones have the same distribution, but are other samples.
+        draft_model: a small model of the same vocabulary that drafts instead; it reads the first specialist's prompts.
 
     Attributes:
         stats: what was done so far.
 
     Raises:
-        UltrafuserError: max_batch below 1, or an architecture that cannot be decoded this way.
+        UltrafuserError: max_batch below 1, an architecture that cannot be decoded this way, a drafter that cannot be
+            had here, or a draft model of a smaller vocabulary.
     """
 
     def __init__(
@@ -157,6 +96,7 @@ class FusedDecoder:
         *,
         max_batch: int = 8,
         speculation: SpeculationParams | None = None,
+        draft_model: PreTrainedModel | None = None,
     ) -> None:
         if max_batch < 1:
             raise UltrafuserError(f"max_batch must be at least 1, got {max_batch}.")
@@ -169,15 +109,21 @@ class FusedDecoder:
         )
         self._head_weights = [PackedLinear(weight) for weight in weights]
         self._backbones = open_backbones(model.bank)
-        self._waiting: deque[_Conversation] = deque()
-        self._active: list[_Conversation] = []  # its place is its slot
+        self._waiting: deque[Conversation] = deque()
+        self._active: list[Conversation] = []  # its place is its slot
         self._ids = itertools.count()
         self.stats = DecodingStats()
-        self._speculation = speculation
         self._num = model.num_specialists
         self._folded = self._backbones[0].rows_per_slot == self._num
-        if speculation is not None:
-            self._draft_length = DraftLength(self._guessed_cost, self._folded, speculation.max_draft)
+        self._speculates = speculation is not None or draft_model is not None
+        self._params = SpeculationParams() if speculation is None else speculation
+        self._drafter, kind = None, "lookup"
+        if self._speculates:
+            self._drafter, kind = open_drafter(
+                model, self._backbones, self._head_weights, self._params, draft_model
+            )
+        self._reuses_states = kind == "specialist"
+        self._draft_length = DraftLength(self._guessed_cost, not self._reuses_states, self._params.max_draft)
 
     @property
     def num_waiting(self) -> int:
@@ -224,15 +170,14 @@ class FusedDecoder:
                     f"max_new_tokens is {params.max_new_tokens}. Shorten the conversation or lower max_new_tokens."
                 )
         request_id = next(self._ids)
-        conversation = _Conversation(
+        conversation = Conversation(
             request_id,
             [list(prompt) for prompt in prompts],
             Sampler(params, prompts[0]),
             StoppedText(self._tokenizer, params.stop),
             None if only is None else model.specialist_names.index(only),
+            Lookup(prompts[0], self._params),
         )
-        if self._speculation is not None and self._folded:
-            conversation.lookup = Lookup(prompts[0], self._speculation)
         if params.max_new_tokens > 0:
             self._waiting.append(conversation)
         return request_id
@@ -325,38 +270,41 @@ class FusedDecoder:
             conversation.read = read
         places = torch.arange(len(newcomers))
         last = [state[places, lengths[:, index] - 1].unsqueeze(1) for index, state in enumerate(states)]
-        return self._choose(newcomers, [_Draft([]) for _ in newcomers], last, [1] * len(newcomers))
+        return self._choose(newcomers, [Draft() for _ in newcomers], last, [1] * len(newcomers))
 
-    def _advance(self, conversations: list[_Conversation]) -> list[_Chosen]:
+    def _advance(self, conversations: list[Conversation]) -> list[_Chosen]:
         """Read every conversation's last token, and a draft of what follows where that pays."""
         start = time.perf_counter()
-        drafts = [_Draft([]) for _ in conversations]
-        if self._speculation is None:
-            chosen = self._read_on(conversations, drafts)
-        elif self._folded:
-            drafts = self._looked_up(conversations)
-            chosen = self._read_on(conversations, drafts)
-        else:
-            length = self._draft_length.best(
-                len(conversations), [c.acceptance_of(0).rate for c in conversations]
-            )
-            if not length:
-                for conversation in conversations:
-                    conversation.acceptance_of(0).fade()
-            chosen = (
-                self._read_with_drafts(conversations, drafts, length)
-                if length
-                else self._read_on(conversations, drafts)
-            )
-        for found in chosen:
+        drafts = self._drafts(conversations)
+        reused = self._reuses_states and any(draft.tokens for draft in drafts)
+        chosen = (self._read_others if reused else self._read_on)(conversations, drafts)
+        for found, draft in zip(chosen, drafts, strict=True):
+            if self._drafter is not None:
+                self._drafter.settle(found.conversation, draft, len(found.tokens))
             found.conversation.read = [read + len(found.tokens) for read in found.conversation.read]
-        if self._speculation is not None:
+        if self._speculates:
             longest = max(len(draft.tokens) for draft in drafts)
             self._draft_length.observe(len(conversations), longest, time.perf_counter() - start)
         self.stats.steps += 1
         return chosen
 
-    def _read_on(self, conversations: list[_Conversation], drafts: list[_Draft]) -> list[_Chosen]:
+    def _drafts(self, conversations: list[Conversation]) -> list[Draft]:
+        """A draft for every conversation; an empty one where drafting does not pay."""
+        # The pass that verifies K tokens also gives the one after them, unless the drafter's states are reused.
+        room = [c.tokens_left - (not self._reuses_states) for c in conversations]
+        if not self._speculates:
+            return [Draft() for _ in conversations]
+        if self._drafter is None:
+            ahead: list[list[int]] = [[] for _ in conversations]
+            return looked_up(conversations, ahead, room, self._draft_length, self._params.max_draft)
+        length = self._draft_length.best(len(conversations), [c.acceptance_of(0).rate for c in conversations])
+        if not length:
+            for conversation in conversations:
+                conversation.acceptance_of(0).fade()
+            return [Draft() for _ in conversations]
+        return self._drafter.draft(conversations, [min(length, most) for most in room], self.stats)
+
+    def _read_on(self, conversations: list[Conversation], drafts: list[Draft]) -> list[_Chosen]:
         """One pass of all specialists over last tokens and drafts; it also gives the token after a whole draft."""
         rows = [[c.response[-1], *draft.tokens] for c, draft in zip(conversations, drafts, strict=True)]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).unsqueeze(1)
@@ -364,71 +312,32 @@ class FusedDecoder:
         states = self._read(ids.expand(-1, self._num, -1), Slots(range(len(conversations))), starts)
         return self._choose(conversations, drafts, states, [len(row) for row in rows])
 
-    def _looked_up(self, conversations: list[_Conversation]) -> list[_Draft]:
-        """A draft from the context for every conversation that has one, if drafting pays."""
-        assert self._speculation is not None
-        drafts = []
-        for conversation in conversations:
-            assert conversation.lookup is not None
-            room = min(self._speculation.max_draft, conversation.tokens_left - 1)
-            drafts.append(_Draft(*conversation.lookup.draft(room)))
-        pairs = [(c, draft) for c, draft in zip(conversations, drafts, strict=True) if draft.tokens]
-        rates = [c.acceptance_of(draft.kind).rate for c, draft in pairs]
-        length = self._draft_length.best(len(conversations), rates) if rates else 0
-        for conversation, draft in pairs:
-            draft.tokens = draft.tokens[:length]
-            if not length:
-                conversation.acceptance_of(draft.kind).fade()
-        return drafts
-
-    def _read_with_drafts(
-        self, conversations: list[_Conversation], drafts: list[_Draft], length: int
-    ) -> list[_Chosen]:
-        """Each conversation's favoured specialist drafts `length` tokens alone; the others read them in one pass."""
+    def _read_others(self, conversations: list[Conversation], drafts: list[Draft]) -> list[_Chosen]:
+        """One pass of the specialists that did not draft over drafts, whose own states are there already."""
+        read = [[c.response[-1], *draft.tokens[:-1]] for c, draft in zip(conversations, drafts, strict=True)]
         starts = torch.tensor([c.read for c in conversations])
-        last = torch.tensor([c.response[-1] for c in conversations])
-        read = torch.empty(len(conversations), length, dtype=torch.int64)
-        sizes = self._model.bank.hidden_sizes
-        dtype, device = self._heads[0].weight.dtype, self._model.device
-        states = [torch.empty(len(conversations), length, size, dtype=dtype, device=device) for size in sizes]
-        drafted: list[list[Tensor]] = [[] for _ in conversations]
-        rows_of = [[a for a, c in enumerate(conversations) if c.favourite == j] for j in range(self._num)]
-        for step in range(length):
-            read[:, step] = last
-            for j, rows in enumerate(rows_of):
-                if not rows:
-                    continue
+        states = []
+        for j, backbone in enumerate(self._backbones):
+            parts: dict[int, Tensor] = {
+                row: torch.cat(drafts[row].states) for row, c in enumerate(conversations) if c.favourite == j
+            }
+            if rows := [row for row, c in enumerate(conversations) if c.favourite != j]:
+                ids = pad_sequence([torch.tensor(read[row]) for row in rows], batch_first=True)
                 self.stats.passes += 1
-                ids = last[rows].view(-1, 1, 1).to(device)
-                state = self._backbones[j].read(ids, Slots(rows), starts[rows, j : j + 1] + step)[:, 0, 0]
-                states[j][rows, step] = state
-                logits = self._alone(j, state)
-                for row, token_logits in zip(rows, logits, strict=True):
-                    token, probabilities = _draw_draft(conversations[row], drafts[row], token_logits)
-                    last[row] = token
-                    drafts[row].tokens.append(token)
-                    drafted[row] += [] if probabilities is None else [probabilities]
-        for draft, probabilities_of in zip(drafts, drafted, strict=True):
-            draft.probabilities = torch.stack(probabilities_of) if probabilities_of else None
-        for j, drafted_rows in enumerate(rows_of):
-            rows = [row for row in range(len(conversations)) if row not in drafted_rows]
-            if rows:
-                self.stats.passes += 1
-                ids = read[rows].unsqueeze(1).to(device)
-                states[j][rows] = self._backbones[j].read(ids, Slots(rows), starts[rows, j : j + 1])[:, 0]
-        return self._choose(conversations, drafts, states, [length] * len(conversations))
-
-    def _alone(self, specialist: int, states: Tensor) -> Tensor:
-        """One specialist's own logits, (R, V), for its states (R, H_j)."""
-        head = self._heads[specialist]
-        logits = self._head_weights[specialist](states)
-        return (logits if head.bias is None else logits + head.bias) * head.scale
+                found = backbone.read(
+                    ids.unsqueeze(1).to(self._model.device), Slots(rows), starts[rows, j : j + 1]
+                )
+                parts |= dict(zip(rows, found[:, 0], strict=True))
+            states.append(pad_sequence([parts[row] for row in range(len(conversations))], batch_first=True))
+        return self._choose(conversations, drafts, states, [len(draft.tokens) for draft in drafts])
 
     def _guessed_cost(self, num_drafted: int) -> float:
         """Time of a step that drafts over a plain one's, until it is known: a token more costs a pass little."""
-        if self._folded:
-            return 1 + 0.05 * num_drafted
-        return (num_drafted + (self._num - 1) * (1 + 0.05 * (num_drafted - 1))) / self._num
+        models = 1 if self._folded else self._num
+        if self._reuses_states:
+            return (num_drafted + (models - 1) * (1 + 0.05 * (num_drafted - 1))) / models
+        drafting = 0.0 if self._drafter is None else 0.4 * num_drafted / models
+        return 1 + 0.05 * num_drafted + drafting
 
     def _read(self, ids: Tensor, slots: Slots, starts: Tensor) -> list[Tensor]:
         """Run all specialists over ids (A, N, T): N tensors (A, T, H_j)."""
@@ -443,8 +352,8 @@ class FusedDecoder:
 
     def _choose(
         self,
-        conversations: Sequence[_Conversation],
-        drafts: Sequence[_Draft],
+        conversations: Sequence[Conversation],
+        drafts: Sequence[Draft],
         states: Sequence[Tensor],
         counts: Sequence[int],
     ) -> list[_Chosen]:
@@ -475,7 +384,7 @@ class FusedDecoder:
             first += count
         return chosen
 
-    def _fuse(self, states: Sequence[Tensor], owners: Sequence[_Conversation]) -> tuple[Tensor, Tensor]:
+    def _fuse(self, states: Sequence[Tensor], owners: Sequence[Conversation]) -> tuple[Tensor, Tensor]:
         """Logits (R, V) and weights (R, N) for states N x (R, H_j); each row belongs to a conversation."""
         weights = self._model.gate(states)
         for row, conversation in enumerate(owners):
@@ -493,7 +402,7 @@ class FusedDecoder:
         for token, weight, row in zip(tokens, weights.tolist(), logits, strict=False):
             conversation.response.append(token)
             conversation.sampler.said([token])
-            if conversation.lookup is not None:
+            if self._speculates:
                 conversation.lookup.extend([token])
             conversation.favourite = max(range(self._num), key=weight.__getitem__)
             self.stats.tokens += 1
@@ -510,36 +419,28 @@ class FusedDecoder:
             if finish is not None:
                 return
 
-    def _finish(self, conversation: _Conversation) -> FinishReason | None:
+    def _finish(self, conversation: Conversation) -> FinishReason | None:
         if conversation.response[-1] == self._model.config.end_token_id:
             return "end"
         if conversation.text.stopped:
             return "stop"
         return "length" if conversation.tokens_left == 0 else None
 
-    def _leave(self, conversation: _Conversation) -> None:
+    def _leave(self, conversation: Conversation) -> None:
         """Free a slot; the last conversation moves into it, so that slots stay without gaps."""
         slot, last = self._active.index(conversation), self._active[-1]
         if last is not conversation:
             for index, backbone in enumerate(self._backbones):
                 length = max(last.read) if self._folded else last.read[index]
                 backbone.move(len(self._active) - 1, slot, length)
+            if self._drafter is not None:
+                self._drafter.move(last, len(self._active) - 1, slot)
             self._active[slot] = last
         self._active.pop()
 
 
-def _draw_draft(conversation: _Conversation, draft: _Draft, logits: Tensor) -> tuple[int, Tensor | None]:
-    """A token from a specialist's logits (V,), and the distribution it was drawn from unless it was certain."""
-    sampler = conversation.sampler
-    if sampler.takes_likeliest:
-        return int(logits.argmax()), None
-    # As many rows as the sampler expects for the tokens drafted before; only the last one is used.
-    row = sampler.probabilities(logits.expand(len(draft.tokens) + 1, -1), draft.tokens)[-1]
-    return (int(row.argmax()), None) if sampler.params.greedy else (sampler.draw(row), row)
-
-
 def _standing(
-    conversation: _Conversation, draft: _Draft, logits: Tensor, likeliest: Sequence[int]
+    conversation: Conversation, draft: Draft, logits: Tensor, likeliest: Sequence[int]
 ) -> tuple[int, list[int]]:
     """How many drafted tokens the fused model accepts, and its own token behind them, if there is one."""
     sampler = conversation.sampler
@@ -549,7 +450,12 @@ def _standing(
         num_accepted, following = accept_greedy(draft.tokens, likeliest)
     else:
         probabilities = sampler.probabilities(logits, draft.tokens)
-        num_accepted, following = accept(draft.tokens, draft.probabilities, probabilities, sampler)
+        num_accepted, following = accept(
+            draft.tokens,
+            torch.stack(draft.distributions) if draft.distributions else None,
+            probabilities,
+            sampler,
+        )
     return num_accepted, [] if following is None else [following]
 
 

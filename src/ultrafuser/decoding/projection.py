@@ -1,6 +1,7 @@
-"""Linear layers made ready for decoding: joined, packed for the processor, with all adapters in two products."""
+"""Linear layers made ready for decoding: joined, laid out for the processor, with all adapters in two products."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,20 @@ from torch.nn import functional as F
 
 from ultrafuser.modeling.lora import FoldedLinear, folded_layer
 
+Product = Callable[[Tensor], Tensor]
+"""(..., in) -> (..., out)."""
+
+# For how many rows oneDNN lays weights out: passes of a few rows are what decoding and verifying drafts consist of.
+_FLOAT32_ROWS, _BFLOAT16_ROWS = 8, 1
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 class PackedLinear:
     """A frozen linear map, in the layout in which this device multiplies a few rows fastest.
 
-    A CPU multiplies bfloat16 from oneDNN's own layout, in which the weights are kept a second time; everything else
-    is multiplied as it lies.
+    On a CPU the weights are kept a second time: in oneDNN's own layout, or, where the processor has no arithmetic for
+    the 16-bit type they are in, as float16 that FBGEMM multiplies with float32 (`docs/log.md` has what that saves).
+    Everything else is multiplied as it lies.
 
     Args:
         weight: float, (out, in).
@@ -21,21 +30,52 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._packed = packs(weight)
-        if self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous(), 1)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if _in_onednn(weight):
+            self._product = _onednn_product(weight, bias)
+        elif _as_half(weight):
+            self._product = _half_product(weight, bias)
+        else:
+            self._product = lambda x: F.linear(x.to(weight.dtype), weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return F.linear(x, self._weight, self._bias)
+        """(..., in) -> (..., out), in the `working_dtype` of the weight. Inputs are brought into it."""
+        return self._product(x)
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether oneDNN's layout is at hand and faster than the plain one: for bfloat16 on a CPU (`docs/log.md`)."""
-    return weight.is_cpu and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+class QuantizedLinear:
+    """A linear map with 8-bit weights (one scale a row) and, at every call, inputs rounded to 8 bits: fast, not exact.
+
+    Args:
+        weight: float, (out, in), on the CPU.
+        bias: float, (out,), or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        scales = weight.detach().double().abs().amax(dim=1).clamp(min=1e-8) / 127
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        with (
+            warnings.catch_warnings()
+        ):  # of the type's removal in some later PyTorch: `can_quantize` will then say no
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch.quantize_per_channel(weight.detach().float(), scales, zeros, 0, torch.qint8)
+        self._packed = torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        # Inputs get seven of the eight bits: with all of them, older processors overflow.
+        return torch.ops.quantized.linear_dynamic(x.float(), self._packed, True).to(x.dtype)
+
+
+def can_quantize(device: torch.device) -> bool:
+    """Whether `QuantizedLinear` works on a device: on x86 CPUs, for which PyTorch brings FBGEMM."""
+    engines = torch.backends.quantized.supported_engines
+    return device.type == "cpu" and "fbgemm" in engines and hasattr(torch, "quantize_per_channel")
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which numbers go from layer to layer: the weights', or float32 where the CPU cannot compute in it."""
+    return torch.float32 if not _in_onednn(weight) and _as_half(weight) else weight.dtype
 
 
 class Projection:
@@ -53,11 +93,14 @@ class Projection:
         folded = folded_layer(layers[0])
         self._down: PackedLinear | None = None
         if folded is None:
-            self._base = [PackedLinear(weight, bias) for weight, bias in _plain(layers)]
+            pairs = (
+                [_plain(layers)] if _packs(_plain(layers[:1])[0]) else [_plain([layer]) for layer in layers]
+            )
+            self._base = [PackedLinear(weight, bias) for weight, bias in pairs]
             return
         down, up, self._own = _low_rank(folded)
         self._down = PackedLinear(down)
-        self._joined = packs(folded.weight)
+        self._joined = _packs(folded.weight)
         weight = torch.cat((folded.weight, up), dim=1) if self._joined else folded.weight
         self._base = [PackedLinear(weight, folded.bias)]
         self._up = up.t()
@@ -73,21 +116,68 @@ class Projection:
         if self._joined:
             return self._base[0](torch.cat((x, inner), dim=-1))
         outputs = self._base[0](x)
-        outputs.view(-1, outputs.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self._up)
+        outputs.view(-1, outputs.shape[-1]).addmm_(
+            inner.view(-1, inner.shape[-1]).to(outputs.dtype), self._up
+        )
         return outputs
 
 
-def _plain(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor | None]]:
-    """Weights and biases, joined if they are to be packed: packing copies them anyway."""
-    pairs: list[tuple[Tensor, Tensor | None]] = []
+def quantized_projection(layers: Sequence[nn.Module], specialist: int) -> QuantizedLinear:
+    """One specialist's layers over the same input, as one in 8 bits; its low-rank update is merged in.
+
+    Args:
+        layers: as for `Projection`.
+        specialist: index among the folded adapters; of no meaning for plain layers.
+    """
+    folded = folded_layer(layers[0])
+    if folded is None:
+        return QuantizedLinear(*_plain(layers))
+    return QuantizedLinear(torch.cat([weight for _, weight in folded.merged_weight(specialist)]), folded.bias)
+
+
+def _in_onednn(weight: Tensor) -> bool:
+    if not weight.is_cpu or not torch.backends.mkldnn.is_available():
+        return False
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and supported())
+
+
+def _as_half(weight: Tensor) -> bool:
+    """Whether FBGEMM is at hand for 16-bit weights, which must be within the range of float16."""
+    narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    return narrow and can_quantize(weight.device) and float(weight.detach().abs().max()) <= _LARGEST_HALF
+
+
+def _packs(weight: Tensor) -> bool:
+    return _in_onednn(weight) or _as_half(weight)
+
+
+def _onednn_product(weight: Tensor, bias: Tensor | None) -> Product:
+    rows = _FLOAT32_ROWS if weight.dtype == torch.float32 else _BFLOAT16_ROWS
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x.to(weight.dtype), packed, bias, "none", [], "")
+
+
+def _half_product(weight: Tensor, bias: Tensor | None) -> Product:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+    return lambda x: multiply(x.float(), packed)
+
+
+def _plain(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of plain layers, joined."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
     for layer in layers:
         assert isinstance(layer, nn.Linear)
-        pairs.append((layer.weight, layer.bias))
-    if len(pairs) == 1 or not packs(pairs[0][0]):
-        return pairs
-    zeros = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in pairs]
-    has_bias = any(bias is not None for _, bias in pairs)
-    return [(torch.cat([weight for weight, _ in pairs]), torch.cat(zeros) if has_bias else None)]
+        weights.append(layer.weight)
+        biases.append(layer.bias)
+    if len(layers) == 1:
+        return weights[0], biases[0]
+    has_bias = any(bias is not None for bias in biases)
+    filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+    return torch.cat(weights), torch.cat(filled) if has_bias else None
 
 
 def _low_rank(layer: FoldedLinear) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,18 +10,25 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from ultrafuser.decoding.sampling import Sampler
 from ultrafuser.errors import UltrafuserError
 
+DrafterKind = Literal["auto", "int8", "specialist", "lookup"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculationParams:
-    """How far ahead tokens are drafted.
+    """Who drafts tokens, and how far ahead.
 
     Attributes:
+        drafter: "int8": the specialist that the gate favoured last, in a copy with 8-bit weights (x86 CPUs; it takes a
+            byte more a weight). "specialist": that specialist itself, whose states are then used again (whole
+            specialists). "lookup": nobody, drafts are what the context went on with before. "auto": the first of these
+            that can be had.
         max_draft: tokens drafted at once, at most.
         max_match: tokens at the end of the context, at most, whose earlier occurrence a look-up follows.
         min_match: tokens of it, at least.
@@ -30,11 +37,16 @@ class SpeculationParams:
         UltrafuserError: a setting is out of range.
     """
 
+    drafter: DrafterKind = "auto"
     max_draft: int = 16
     max_match: int = 4
     min_match: int = 2
 
     def __post_init__(self) -> None:
+        if self.drafter not in get_args(DrafterKind):
+            raise UltrafuserError(
+                f"speculation: drafter must be one of {', '.join(get_args(DrafterKind))}, got {self.drafter!r}."
+            )
         if self.max_draft < 1 or not 1 <= self.min_match <= self.max_match:
             raise UltrafuserError(
                 "speculation: max_draft must be at least 1 and min_match within 1 to max_match, "
@@ -106,18 +118,28 @@ class Lookup:
                     self._after[tuple(self._context[end - length :])] = end
             self._context.append(token)
 
-    def draft(self, num_tokens: int) -> tuple[list[int], int]:
-        """At most `num_tokens` tokens, and the length of the match that they follow (0 for none)."""
-        for length in range(self._params.max_match, self._params.min_match - 1, -1):
-            place = self._after.get(tuple(self._context[-length:])) if length <= len(self._context) else None
-            if place is not None:
-                drafted: list[int] = []
-                while len(drafted) < num_tokens:  # a loop repeats itself beyond the end of the context
-                    index = place + len(drafted)
-                    beyond = index - len(self._context)
-                    drafted.append(self._context[index] if beyond < 0 else drafted[beyond])
-                return drafted, length
-        return [], 0
+    def draft(self, num_tokens: int, ahead: Sequence[int] = ()) -> tuple[list[int], int]:
+        """Tokens that may follow.
+
+        Args:
+            num_tokens: at most.
+            ahead: tokens that are supposed to follow the context, and to come before the draft.
+
+        Returns:
+            The tokens, and the length of the match that they follow (0, and no tokens, where there is none).
+        """
+        end = [*self._context[-self._params.max_match :], *ahead]
+        length = min(self._params.max_match, len(end))
+        place = None
+        while place is None and length >= self._params.min_match:
+            place = self._after.get(tuple(end[-length:]))
+            length -= 1
+        if place is None or num_tokens < 1:
+            return [], 0
+        text = [*self._context[place : place + num_tokens], *ahead]
+        while len(text) < num_tokens:  # a loop repeats itself beyond the end of what is there
+            text.append(text[len(text) - (len(self._context) + len(ahead) - place)])
+        return text[:num_tokens], length + 1
 
 
 class DraftLength:
@@ -176,11 +198,16 @@ class DraftLength:
 
 
 class Acceptance:
-    """Rate at which one conversation's drafted tokens are accepted; recent ones count most."""
+    """Rate at which one conversation's drafted tokens are accepted; recent ones count most.
 
-    _PRIOR_RATE, _PRIOR_WEIGHT, _MEMORY, _FADING = 0.8, 2.0, 0.9, 0.98
+    Args:
+        prior_rate: expected before there is experience, and when it has faded.
+    """
 
-    def __init__(self) -> None:
+    _PRIOR_WEIGHT, _MEMORY, _FADING = 2.0, 0.9, 0.98
+
+    def __init__(self, prior_rate: float = 0.8) -> None:
+        self._prior_rate = prior_rate
         self._accepted = self._judged = 0.0
 
     def observe(self, num_drafted: int, num_accepted: int) -> None:
@@ -197,7 +224,7 @@ class Acceptance:
     @property
     def rate(self) -> float:
         """Expected probability that a drafted token is accepted, given that those before it are."""
-        return (self._accepted + self._PRIOR_RATE * self._PRIOR_WEIGHT) / (self._judged + self._PRIOR_WEIGHT)
+        return (self._accepted + self._prior_rate * self._PRIOR_WEIGHT) / (self._judged + self._PRIOR_WEIGHT)
 
 
 def expected_tokens(rate: float, num_drafted: int, bonus: bool) -> float:

@@ -184,7 +184,7 @@ class WholeSpecialists(SpecialistBank):
 
     def heads(self) -> list[Head]:
         """One head per model; rows beyond the smallest vocabulary (padding of the matrix) are left out."""
-        heads = [_head(model) for model in self.models]
+        heads = [head_of(model) for model in self.models]
         rows = min(head.weight.shape[0] for head in heads)
         return [
             Head(head.weight[:rows], None if head.bias is None else head.bias[:rows], head.scale)
@@ -267,7 +267,7 @@ class AdapterSpecialists(SpecialistBank):
 
     def heads(self) -> list[Head]:
         """The base's head, shared by all."""
-        return [_head(self.base)]
+        return [head_of(self.base)]
 
     def embeddings(self) -> nn.Module:
         """The base's input embeddings."""
@@ -384,7 +384,8 @@ def _text(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def _head(model: PreTrainedModel) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a causal language model, with its factor on the logits."""
     layer, config = model.get_output_embeddings(), _text(model.config)
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
@@ -423,7 +424,7 @@ def check_exact(name: str, model: PreTrainedModel) -> None:
     """
     _check_linear_head(name, model)
     ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
-    positions, head = torch.arange(4, device=model.device).unsqueeze(0), _head(model)
+    positions, head = torch.arange(4, device=model.device).unsqueeze(0), head_of(model)
     try:
         own = model(input_ids=ids).logits.float()
         cache = DynamicCache(config=model.config)
