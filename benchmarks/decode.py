@@ -6,21 +6,27 @@ three domains. Timed is a response from its first token to its last, so not the 
     hf          one specialist, its adapter merged, under Hugging Face's `generate`
     one/BANK    the same specialist in our engine, as a bank of its own
     adapters    the specialists as adapters over one base, one token a step
-    adapters+   the same with look-up speculation
     whole       the specialists merged into models of their own, one token a step
-    whole+      the same, the favoured specialist drafting
+    BANK+       with speculation, by the best drafter that can be had here (on a CPU the favoured specialist in 8 bits)
+    adapters+lookup, whole+specialist
+                with the drafter that needs no copies: the context, or the favoured specialist itself
 
 Beside the time stand the drafts, and what a token has to read at least (the weights, a pass at a time) as a share of
 the machine's copy bandwidth: decoding is bound by reading, so a share far below one is overhead.
 
     ultrafuser demo --no-chat -o runs/demo
     python benchmarks/decode.py runs/demo --dtype bfloat16
+
+`--shape 1b` (or 7b) puts random weights of that size in the specialists' place, which is enough to time plain decoding
+on a GPU: `--shape 7b --device cuda --dtype bfloat16`. Drafts of random models are never right, so their speculative
+rows say nothing; what speculation would give follows from the printed costs of passes and an acceptance measured on
+real models.
 """
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,22 +38,32 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from timing import Clock, time_interleaved
-from transformers import StoppingCriteria
+from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
 
 from ultrafuser import FusedModel, open_fused
 from ultrafuser.cli.report import provenance, write_metrics
+from ultrafuser.decoding.backbones import Backbone, Slots, open_backbone
 from ultrafuser.decoding.conversation import DecodingStats
 from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
-from ultrafuser.decoding.speculation import SpeculationParams
+from ultrafuser.decoding.speculation import DrafterKind, SpeculationParams
 from ultrafuser.modeling.assembly import model_from_tensors
+from ultrafuser.modeling.configuration import SpecialistConfig, UltraFuserConfig
 from ultrafuser.modeling.export import as_whole
 from ultrafuser.modeling.membership import drop_specialist
-from ultrafuser.modeling.specialists import AdapterSpecialists
+from ultrafuser.modeling.model import UltraFuserForCausalLM
+from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder
 
 COPY_BYTES = 256 * 2**20
 BATCHES = [1, 8]
+ROWS = [1, 2, 4, 6, 8, 12]
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "tie_word_embeddings": False},
+}  # fmt: skip
 DOMAINS = ("text", "code", "math")
 
 Prompts = Sequence[Sequence[Sequence[int]]]
@@ -70,13 +86,15 @@ class Tally:
 class EngineVariant:
     """A fused model (or one specialist) in our engine."""
 
-    def __init__(self, fused: FusedModel, batch: int, speculate: bool) -> None:
-        speculation = SpeculationParams() if speculate else None
+    def __init__(self, fused: FusedModel, batch: int, drafter: DrafterKind | None = None) -> None:
+        speculation = None if drafter is None else SpeculationParams(drafter=drafter)
         self._decoder = FusedDecoder(*fused, max_batch=batch, speculation=speculation)
         self._num = fused.model.num_specialists
         bank = fused.model.bank
         models = 1 if isinstance(bank, AdapterSpecialists) else self._num
         self.pass_bytes = sum(parameter.nbytes for parameter in bank.parameters()) / models
+        weights = sum(parameter.numel() for parameter in bank.parameters()) / models
+        self.draft_bytes = self.pass_bytes if drafter == "specialist" else weights  # a byte each in 8 bits
         self.stats: DecodingStats = self._decoder.stats
 
     def answer(self, prompts: Prompts, max_new_tokens: int, clock: Clock) -> Tally:
@@ -98,7 +116,8 @@ class HuggingFaceVariant:
         model = fused.model
         name = model.specialist_names[0]
         architecture = model.bank.architectures()[0]
-        self._model = model_from_tensors(architecture, model.bank.merged_tensors(name), model.dtype)
+        plain = model_from_tensors(architecture, model.bank.merged_tensors(name), model.dtype)
+        self._model = plain.to(model.device)
         self._end, self._pad = model.config.end_token_id, model.config.pad_token_id
         self.pass_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
 
@@ -111,6 +130,7 @@ class HuggingFaceVariant:
         mask = torch.nn.utils.rnn.pad_sequence(
             [torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"
         )
+        ids, mask = ids.to(self._model.device), mask.to(self._model.device)
         watch = _Watch(clock)
         with torch.inference_mode():
             out = self._model.generate(
@@ -140,6 +160,28 @@ def questions(encoder: ConversationEncoder, domain: str, count: int) -> Prompts:
     return [encoder.prompt(row["messages"][:-1]) for row in rows]
 
 
+def random_specialists(fused: FusedModel, shape: str) -> FusedModel:
+    """Whole specialists of random weights in the place of a fused model's, with its tokenizer and device."""
+    old, settings = fused.model.config, SHAPES[shape]
+    architecture = LlamaConfig(
+        vocab_size=old.vocab_size, bos_token_id=old.bos_token_id, eos_token_id=old.end_token_id, **settings
+    )
+    with fused.model.device:
+        models = {
+            member.name: AutoModelForCausalLM.from_config(architecture, dtype=fused.model.dtype)
+            for member in old.members
+        }
+    members = [SpecialistConfig(name=name, model_config=architecture.to_dict()) for name in models]
+    config = UltraFuserConfig(
+        specialists=members,
+        end_token_id=old.end_token_id,
+        pad_token_id=old.pad_token_id,
+        bos_token_id=old.bos_token_id,
+    )
+    model = UltraFuserForCausalLM(config, WholeSpecialists(models)).to(fused.model.device)
+    return FusedModel(model.eval(), fused.tokenizer)
+
+
 def one_of(fused: FusedModel) -> FusedModel:
     """The first specialist alone, in a bank of the same kind."""
     for name in fused.model.specialist_names[1:]:
@@ -154,18 +196,39 @@ def open_variants(fused: FusedModel, batch: int) -> dict[str, Any]:
         banks = {"adapters": fused, **banks}
     variants: dict[str, Any] = {"hf": HuggingFaceVariant(fused)}
     for bank, model in banks.items():
-        variants[f"one/{bank}"] = EngineVariant(one_of(model), batch, speculate=False)
-        variants[bank] = EngineVariant(model, batch, speculate=False)
-        variants[f"{bank}+"] = EngineVariant(model, batch, speculate=True)
+        variants[f"one/{bank}"] = EngineVariant(one_of(model), batch)
+        variants[bank] = EngineVariant(model, batch)
+        variants[f"{bank}+"] = EngineVariant(model, batch, "auto")
+        plainest: DrafterKind = "lookup" if bank == "adapters" else "specialist"
+        variants[f"{bank}+{plainest}"] = EngineVariant(model, batch, plainest)
     return variants
 
 
-def copy_bytes_per_s(clock: Clock) -> float:
+def copy_bytes_per_s(clock: Clock, device: torch.device) -> float:
     """Bytes that a large copy reads and writes in a second, with the threads that are set."""
-    source = torch.ones(COPY_BYTES // 4)
+    source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     timing = time_interleaved({"copy": lambda: target.copy_(source)}, 7, 1, clock, "copy bandwidth")["copy"]
     return 2 * COPY_BYTES / timing.median_s
+
+
+def pass_costs(fused: FusedModel, clock: Clock) -> dict[str, float]:
+    """What limits speculation: a pass of K rows, and one of the 8-bit copy, over one of one row; 256 positions in."""
+    bank: Any = as_whole(one_of(fused)).model.bank
+    backbone = open_backbone(bank.models[0])
+    draft = backbone.quantized(0)
+    slots, start = Slots([0]), torch.tensor([[256]])
+
+    def reading(model: Backbone, rows: int) -> Callable[[], object]:
+        ids = torch.arange(100, 100 + rows, device=model.device).view(1, 1, rows)
+        return torch.inference_mode()(lambda: model.read(ids, slots, start))
+
+    reading(backbone, 256 + max(ROWS))()
+    work = {f"pass_ratio/rows{rows}": reading(backbone, rows) for rows in ROWS}
+    if draft is not None:
+        work["pass_ratio/draft"] = reading(draft, 1)
+    timings = time_interleaved(work, 9, 2, clock, "passes")
+    return {name: timing.ratio_to(timings["pass_ratio/rows1"]) for name, timing in timings.items()}
 
 
 def measure(
@@ -212,7 +275,7 @@ def report(
         return sum(pairs) / len(pairs)
 
     for name, variant in variants.items():
-        bank = name.rstrip("+").removeprefix("one/")
+        bank, _, drafter = name.removeprefix("one/").partition("+")
         one = f"one/{bank}" if bank != "hf" else next(n for n in variants if n.startswith("one/"))
         token_s = sum(tally.token_s for tally in tallies[name].values()) / len(DOMAINS)
         cells = [
@@ -222,30 +285,32 @@ def report(
         ]
         cells.append(f"{ratio(name, 'hf'):.2f}")
         metrics[f"token_s/{name}/batch{batch}"] = token_s
-        passes = 1.0 / batch
+        passes, draft_read = 1.0 / batch, 0.0
         if isinstance(variant, EngineVariant):
             stats = variant.stats
             passes = stats.passes / stats.tokens
+            draft_read = stats.draft_passes / stats.tokens * variant.draft_bytes
             accepted = stats.accepted / stats.drafted if stats.drafted else None
             cells += (
                 [f"{accepted:.2f}", f"{stats.drafted / stats.drafts:.1f}"]
                 if accepted is not None
                 else ["", ""]
             )
-            mode = "speculative" if name.endswith("+") else "plain"
+            mode = (drafter or "speculative") if "+" in name else "plain"
             if not name.startswith("one/"):
                 key = f"{bank}/{mode}/batch{batch}"
                 metrics[f"time_ratio/{key}"] = ratio(name, one)
                 metrics[f"time_ratio_to_hf_generate/{key}"] = ratio(name, "hf")
                 metrics |= {f"time_ratio/{key}/{d}": ratio(name, one, [d]) for d in DOMAINS}
             if accepted is not None:
-                metrics[f"acceptance/{bank}/batch{batch}"] = accepted
-                metrics[f"drafted/{bank}/batch{batch}"] = stats.drafted / stats.drafts
-                metrics[f"accepted/{bank}/batch{batch}"] = stats.accepted / stats.drafts
-                metrics[f"speedup/{bank}/batch{batch}"] = ratio(bank, name)
+                suffix = f"/{drafter}" if drafter else ""
+                metrics[f"acceptance/{bank}{suffix}/batch{batch}"] = accepted
+                metrics[f"drafted/{bank}{suffix}/batch{batch}"] = stats.drafted / stats.drafts
+                metrics[f"accepted/{bank}{suffix}/batch{batch}"] = stats.accepted / stats.drafts
+                metrics[f"speedup/{bank}{suffix}/batch{batch}"] = ratio(bank, name)
         else:
             cells += ["", ""]
-        read = passes * variant.pass_bytes
+        read = passes * variant.pass_bytes + draft_read
         metrics[f"read_bytes/{name}/batch{batch}"] = read
         table.add_row(name, *cells, f"{read / 1e6:.0f}", f"{read / token_s / copy:.0%}")
     console.print(table)
@@ -258,6 +323,8 @@ def main(
     batch: Annotated[list[int], typer.Option(min=1, help="Conversations at once.")] = BATCHES,
     rows: Annotated[int, typer.Option(min=1, help="Questions of each domain.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this size: 1b or 7b.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Variants to run; all if none.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
     clock: Annotated[Clock, typer.Option(help="Elapsed time, or processor time.")] = Clock.WALL,
@@ -266,11 +333,16 @@ def main(
     """Time a token of fused specialists against one specialist's."""
     torch.set_num_threads(threads)
     console = Console(width=None if Console().is_terminal else 130)
-    load, copy = os.getloadavg()[0], copy_bytes_per_s(clock)
+    load = os.getloadavg()[0]
     fused = open_fused(model, getattr(torch, dtype))
+    fused.model.to(device)
+    copy = copy_bytes_per_s(clock, fused.model.device)
     encoder = fused.model.conversation_encoder(fused.tokenizer)
     prompts = {domain: questions(encoder, domain, rows) for domain in DOMAINS}
-    metrics = {"copy_bytes_per_s": copy}
+    if shape is not None:
+        fused = random_specialists(fused, shape)
+    metrics = {"copy_bytes_per_s": copy, **pass_costs(fused, clock)}
+    console.print(", ".join(f"{name} {ratio:.2f}" for name, ratio in metrics.items() if "pass" in name))
     for size in batch:
         variants = open_variants(fused, size)
         if only is not None:
@@ -282,7 +354,8 @@ def main(
     )
     if json_file is not None:
         settings = {"model": model, "dtype": dtype, "rows": rows, "max_new_tokens": max_new_tokens,
-                    "threads": threads, "clock": str(clock), "load": load}  # fmt: skip
+                    "threads": threads, "clock": str(clock), "load": load, "shape": shape,
+                    "device": device}  # fmt: skip
         write_metrics(json_file, metrics, provenance(**settings))
 
 
