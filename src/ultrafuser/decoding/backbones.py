@@ -81,66 +81,44 @@ class SlotCache:
     """Keys and values of all slots; grows when a slot or a position beyond its size is written.
 
     Args:
-        num_layers: of the model.
+        num_tensors: kept apart, because their sizes differ or they are written at different times.
         rows_per_slot: N for folded adapters, 1 for a whole model.
         dtype: of keys and values.
         device: where they are.
     """
 
-    def __init__(self, num_layers: int, rows_per_slot: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, num_tensors: int, rows_per_slot: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._rows = rows_per_slot
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self._keys: list[Tensor | None] = [None] * num_layers
-        self._values: list[Tensor | None] = [None] * num_layers
+        self._tensors: list[Tensor | None] = [None] * num_tensors
 
-    def write(
-        self, layer: int, keys: Tensor, values: Tensor, plan: _Plan, first_row: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Write new positions of a layer; return all keys and values that the pass may look at.
+    def write(self, index: int, new: Tensor, plan: _Plan) -> Tensor:
+        """Write new positions of a tensor; return all that the pass may look at.
 
         Args:
-            layer: index.
-            keys: (A, N, T, heads, head size).
-            values: the same.
+            index: of the tensor.
+            new: (A, N, T, heads, head size).
             plan: of the pass.
-            first_row: of the N rows that the pass has, among a slot's.
 
         Returns:
-            Keys and values, (A * N, heads, L, head size); views where the slots are contiguous.
+            (A * N, heads, L, head size); a view where the slots are contiguous.
         """
-        rows = slice(first_row, first_row + keys.shape[1])
-        return (
-            self._write(self._keys, layer, keys, plan, rows),
-            self._write(self._values, layer, values, plan, rows),
-        )
+        room = self.room(index, new.shape[3], new.shape[4], plan)
+        write_positions(room, new, plan, slice(0, self._rows))
+        return room[plan.slots.index, :, :, : plan.length].flatten(0, 1)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot over another slot's."""
-        for tensors in (self._keys, self._values):
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor[target, :, :, :length] = tensor[source, :, :, :length]
+    def room(self, index: int, num_heads: int, head_size: int, plan: _Plan) -> Tensor:
+        """A tensor, (slots, N, heads, positions, head size), with room for all that the pass will write.
 
-    @property
-    def num_bytes(self) -> int:
-        """Allocated now."""
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values) if tensor is not None)
-
-    def _write(
-        self, tensors: list[Tensor | None], layer: int, new: Tensor, plan: _Plan, rows: slice
-    ) -> Tensor:
-        room = tensors[layer] = self._with_room(tensors[layer], new, plan)
-        if plan.slots.contiguous and plan.uniform:
-            end = plan.start + plan.new_length
-            room[plan.slots.index, rows, :, plan.start : end] = new.transpose(2, 3)
-        else:
-            slots = torch.tensor(plan.slots.indices, device=new.device).view(-1, 1, 1)
-            places = torch.arange(rows.start, rows.stop, device=new.device).view(1, -1, 1)
-            room[slots, places, :, plan.positions] = new.to(room.dtype)
-        return room[plan.slots.index, rows, :, : plan.length].flatten(0, 1)
-
-    def _with_room(self, room: Tensor | None, new: Tensor, plan: _Plan) -> Tensor:
-        num_slots = max(plan.slots.indices) + 1
+        Args:
+            index: of the tensor.
+            num_heads: always the same for it.
+            head_size: the same.
+            plan: of the pass.
+        """
+        room, num_slots = self._tensors[index], max(plan.slots.indices) + 1
         if room is not None and room.shape[0] >= num_slots and room.shape[3] >= plan.length:
             return room
         old_slots, old_length = (0, 0) if room is None else (room.shape[0], room.shape[3])
@@ -149,11 +127,87 @@ class SlotCache:
         length = old_length
         if plan.length > old_length:
             length = -(-max(plan.length, old_length * 3 // 2) // _GROW_POSITIONS) * _GROW_POSITIONS
-        shape = (max(num_slots, old_slots), self._rows, new.shape[3], length, new.shape[4])
+        shape = (max(num_slots, old_slots), self._rows, num_heads, length, head_size)
         grown = torch.zeros(shape, **self._options)  # zeros: what is masked out must still be finite
         if room is not None:
             grown[:old_slots, :, :, :old_length] = room
+        self._tensors[index] = grown
         return grown
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot over another slot's."""
+        for tensor in self._tensors:
+            if tensor is not None:
+                tensor[target, :, :, :length] = tensor[source, :, :, :length]
+
+    @property
+    def num_bytes(self) -> int:
+        """Allocated now."""
+        return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+
+
+def write_positions(room: Tensor, new: Tensor, plan: _Plan, rows: slice) -> None:
+    """Write new positions into some rows of every slot that takes part.
+
+    Args:
+        room: (slots, N, heads, positions, head size).
+        new: (A, rows, T, heads, head size).
+        plan: of the pass.
+        rows: of each slot.
+    """
+    if plan.slots.contiguous and plan.uniform:
+        end = plan.start + plan.new_length
+        room[plan.slots.index, rows, :, plan.start : end] = new.transpose(2, 3)
+    else:
+        slots = torch.tensor(plan.slots.indices, device=new.device).view(-1, 1, 1)
+        places = torch.arange(rows.start, rows.stop, device=new.device).view(1, -1, 1)
+        room[slots, places, :, plan.positions] = new
+
+
+class _Window:
+    """What one pass of a Llama-like model writes and looks at, layer by layer.
+
+    Keys and values of all layers are one tensor, so that a usual pass takes its views of them once and not in every
+    layer: a small model spends as much time on handing tensors around as on computing.
+
+    Args:
+        room: (slots, N, layers * 2 * heads, positions, head size), the keys of a layer before its values.
+        num_layers: of the model.
+        plan: of the pass.
+        rows: of each slot that the pass has.
+    """
+
+    def __init__(self, room: Tensor, num_layers: int, plan: _Plan, rows: slice) -> None:
+        self._plan, self._rows = plan, rows
+        self._layers = room.unflatten(2, (num_layers, -1))
+        self._targets: Sequence[Tensor] = ()
+        if plan.slots.contiguous:
+            mine = self._layers[plan.slots.index, rows]
+            seen = mine[..., : plan.length, :].flatten(0, 1)
+            self._keys, self._values = (part.unbind(1) for part in seen.chunk(2, dim=2))
+            if plan.uniform:
+                self._targets = mine[..., plan.start : plan.start + plan.new_length, :].unbind(2)
+
+    def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values; return all that the pass may look at.
+
+        Args:
+            layer: index.
+            new: (A, rows, T, 2 * heads, head size).
+
+        Returns:
+            Keys and values, (A * rows, heads, L, head size).
+        """
+        if self._targets:
+            self._targets[layer].copy_(new.transpose(2, 3))
+            return self._keys[layer], self._values[layer]
+        room = self._layers[:, :, layer]
+        write_positions(room, new, self._plan, self._rows)
+        if self._plan.slots.contiguous:
+            return self._keys[layer], self._values[layer]
+        seen = room[self._plan.slots.index, self._rows, :, : self._plan.length].flatten(0, 1)
+        keys, values = seen.chunk(2, dim=1)
+        return keys, values
 
 
 class Backbone(ABC):
@@ -215,7 +269,7 @@ class LlamaBackbone(Backbone):
         self.device = decoder.norm.weight.device
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_size = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._cache = SlotCache(len(decoder.layers), rows_per_slot, self._dtype, self.device)
+        self._cache = SlotCache(1, rows_per_slot, self._dtype, self.device)
         self._cos = self._sin = torch.empty(0)
         self._layers = [_LlamaLayer(layer, Projection) for layer in decoder.layers]
         self._last_norm = _Norm(decoder.norm)
@@ -236,10 +290,17 @@ class LlamaBackbone(Backbone):
     def read(self, input_ids: Tensor, slots: Slots, starts: Tensor) -> Tensor:
         """See `Backbone.read`."""
         plan = _Plan(slots, starts, input_ids.shape[-1], self.device)
+        num_heads = len(self._layers) * 2 * self._kv_heads
+        room = self._cache.room(0, num_heads, self._head_size, plan)
+        rows = slice(self._first_row, self._first_row + self.rows_per_slot)
+        window = _Window(room, len(self._layers), plan, rows)
         cos, sin = self._rotation(plan)
         x = F.embedding(input_ids, self._decoder.embed_tokens.weight).to(self._dtype)
         for index, layer in enumerate(self._layers):
-            x = x + layer.output(self._attend(index, layer, x, cos, sin, plan))
+            turned = self._turned(layer.query_key_value(layer.first_norm(x)), cos, sin)
+            x = x + layer.output(
+                self._attend(turned, *window.write(index, turned[..., self._heads :, :]), plan)
+            )
             gate, up = layer.gate_up(layer.second_norm(x)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
         return self._last_norm(x)
@@ -260,35 +321,41 @@ class LlamaBackbone(Backbone):
         ]
         return draft
 
-    def _attend(
-        self, index: int, layer: "_LlamaLayer", x: Tensor, cos: Tensor, sin: Tensor, plan: _Plan
-    ) -> Tensor:
-        joined = layer.query_key_value(layer.first_norm(x)).unflatten(-1, (-1, self._head_size))
-        turned = self._heads + self._kv_heads  # queries and keys
-        first, second = joined[..., :turned, :].chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        query_key = torch.addcmul(joined[..., :turned, :] * cos, rotated, sin)
-        keys, values = self._cache.write(
-            index, query_key[..., self._heads :, :], joined[..., turned:, :], plan, self._first_row
-        )
-        queries = query_key[..., : self._heads, :].flatten(0, 1).transpose(1, 2)
+    def _turned(self, joined: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries and keys by their positions; values, which come along, as they are: (A, N, T, heads, head size)."""
+        joined = joined.unflatten(-1, (-1, self._head_size))
+        first, second = joined.chunk(2, dim=-1)
+        return torch.addcmul(joined * cos, torch.cat((second, first), dim=-1), sin)
+
+    def _attend(self, turned: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
+        queries = turned[..., : self._heads, :].flatten(0, 1).transpose(1, 2)
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True
         )
-        return attended.transpose(1, 2).reshape(*x.shape[:-1], -1)
+        return attended.transpose(1, 2).reshape(*turned.shape[:3], -1)
 
     def _rotation(self, plan: _Plan) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (A, N, T, 1, head size), or without the first two where all rows stand alike."""
+        """Factors of queries, keys and values: (A, N, T, heads, head size), or without A and N where rows stand alike.
+
+        The sines of the first half are negative, as its rotation is; values are turned by nothing.
+        """
         if plan.length > self._cos.shape[0]:
             length = -(-plan.length // _GROW_POSITIONS) * _GROW_POSITIONS * 2
             positions = torch.arange(length, device=self.device).unsqueeze(0)
             probe = torch.empty(0, dtype=self._dtype, device=self.device)
-            cos, sin = self._decoder.rotary_emb(probe, position_ids=positions)
-            self._cos, self._sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        if plan.uniform:
-            end = plan.start + plan.new_length
-            return self._cos[plan.start : end], self._sin[plan.start : end]
-        return self._cos[plan.positions], self._sin[plan.positions]
+            cos, sin = (
+                part[0].unsqueeze(1) for part in self._decoder.rotary_emb(probe, position_ids=positions)
+            )
+            first, second = sin.chunk(2, dim=-1)
+            self._cos, self._sin = cos, torch.cat((-first, second), dim=-1)
+        where = slice(plan.start, plan.start + plan.new_length) if plan.uniform else plan.positions
+        cos, sin = self._cos[where], self._sin[where]
+        turned = [1] * (cos.dim() - 2) + [self._heads + self._kv_heads, 1]
+        still = [1] * (cos.dim() - 2) + [self._kv_heads, 1]
+        return (
+            torch.cat((cos.repeat(turned), torch.ones_like(cos).repeat(still)), dim=-2),
+            torch.cat((sin.repeat(turned), torch.zeros_like(sin).repeat(still)), dim=-2),
+        )
 
 
 class _LlamaLayer:
@@ -335,7 +402,7 @@ class ModuleBackbone(Backbone):
         self.rows_per_slot = rows_per_slot
         self._decoder = model.get_decoder()
         config = model.config.get_text_config(decoder=True)
-        self._cache = SlotCache(config.num_hidden_layers, rows_per_slot, model.dtype, model.device)
+        self._cache = SlotCache(2 * config.num_hidden_layers, rows_per_slot, model.dtype, model.device)
         self._dtype, self.device = model.dtype, model.device
         # Rows filled up beyond their tokens may go beyond what the model has positions for.
         limit = getattr(config, "max_position_embeddings", None)
@@ -377,10 +444,12 @@ class _ModuleCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         num_slots = len(self._plan.slots)
-        new_keys, new_values = (
-            _slot_major(states, num_slots).transpose(2, 3) for states in (key_states, value_states)
+        keys, values = (
+            self._slot_cache.write(
+                2 * layer_idx + place, _slot_major(states, num_slots).transpose(2, 3), self._plan
+            )
+            for place, states in enumerate((key_states, value_states))
         )
-        keys, values = self._slot_cache.write(layer_idx, new_keys, new_values, self._plan)
         return _fold(keys.unflatten(0, (num_slots, -1))), _fold(values.unflatten(0, (num_slots, -1)))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -63,12 +63,14 @@ class Draft:
         tokens: K of them; none for a conversation that only takes part.
         kind: whose acceptance it is: length of the look-up's match, or 0 for a model's draft.
         distributions: that they were drawn from, float32, (V,) each; none where they were certain.
+        confidence: probability that the drafting model gives the last of them.
         states: the drafting model's hidden states that predict the tokens, (k, H) each, K in all; none of a look-up.
     """
 
     tokens: list[int] = field(default_factory=list)
     kind: int = 0
     distributions: list[Tensor] = field(default_factory=list)
+    confidence: float = 1.0
     states: list[Tensor] = field(default_factory=list)
 
 

@@ -21,6 +21,9 @@ from ultrafuser.fusion.mix import Head
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import head_of
 
+_LEAST_CONFIDENCE = 0.3
+"""A draft ends with a token that its model, if it is not a specialist itself, finds less probable than this."""
+
 
 class Drafter:
     """Models that draft, each for the conversations that are its own.
@@ -32,6 +35,7 @@ class Drafter:
         end_token_id: behind which nothing is drafted.
         params: of the look-ups that guess tokens for them.
         own_cache: whether it is a single one with a cache of its own.
+        least_confidence: probability of a token, below which nothing is drafted behind it.
     """
 
     def __init__(
@@ -41,9 +45,11 @@ class Drafter:
         end_token_id: int,
         params: SpeculationParams,
         own_cache: bool = False,
+        least_confidence: float = _LEAST_CONFIDENCE,
     ) -> None:
         self._backbones, self._logits = list(backbones), list(logits)
         self._end_token_id, self._max_draft, self._own_cache = end_token_id, params.max_draft, own_cache
+        self._least_confidence = least_confidence
         self._guess_length = DraftLength(lambda length: 1 + 0.05 * length, True, params.max_draft)
 
     def draft(
@@ -91,7 +97,8 @@ class Drafter:
         return 0 if self._own_cache else conversation.favourite
 
     def _goes_on(self, draft: Draft, length: int) -> bool:
-        return len(draft.tokens) < length and draft.tokens[-1:] != [self._end_token_id]
+        ended = draft.tokens[-1:] == [self._end_token_id] or draft.confidence < self._least_confidence
+        return len(draft.tokens) < length and not ended
 
     def _unread(self, conversation: Conversation) -> tuple[list[int], int]:
         """Tokens of the context that the drafting model has yet to read, and the position of the first."""
@@ -140,9 +147,10 @@ class Drafter:
     ) -> int:
         """Add tokens to a draft as long as the guess was right; the number of them."""
         first = len(draft.tokens)
-        for place, row in enumerate(logits):
+        for place, row in enumerate(logits.float()):
             token, probabilities = _drawn(conversation, draft, row)
             draft.tokens.append(token)
+            draft.confidence = float((row[token] - row.logsumexp(dim=-1)).exp())
             draft.distributions += [] if probabilities is None else [probabilities]
             right = place < len(guess.tokens) and token == guess.tokens[place]
             if not right or not self._goes_on(draft, length):
@@ -181,7 +189,9 @@ def open_drafter(
         return _given(draft_model, own[0].weight.shape[0], end, params), "int8"
     per_specialist = own if len(own) > 1 else own * model.num_specialists
     folded = len(backbones) < model.num_specialists
-    if params.drafter in ("auto", "int8"):
+    # A copy of 16-bit weights is read hardly faster than they are (`docs/log.md`).
+    worthwhile = own[0].weight.dtype == torch.float32
+    if params.drafter == "int8" or (params.drafter == "auto" and worthwhile):
         copies = [
             backbones[0 if folded else j].quantized(j if folded else 0) for j in range(model.num_specialists)
         ]
@@ -202,7 +212,8 @@ def open_drafter(
         )
     packed = heads[: len(own)] if len(own) > 1 else [heads[0]] * model.num_specialists
     products = [_logits_product(weight, head) for weight, head in zip(packed, per_specialist, strict=True)]
-    return Drafter(backbones, products, end, params), "specialist"
+    # The gate favours it, so that its likeliest token is nearly always the fused model's, however unlikely itself.
+    return Drafter(backbones, products, end, params, least_confidence=0.0), "specialist"
 
 
 def looked_up(

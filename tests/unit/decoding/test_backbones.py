@@ -191,13 +191,13 @@ def test_slots_are_a_slice_where_they_can_be():
 @torch.inference_mode()
 def test_the_cache_grows_as_it_is_written(monkeypatch):
     monkeypatch.setattr(backbones, "_GROW_POSITIONS", 4)
-    cache = backbones.SlotCache(1, 2, torch.float32, torch.device("cpu"))
+    cache = backbones.SlotCache(2, 2, torch.float32, torch.device("cpu"))
     assert cache.num_bytes == 0
     sizes = []
     for length in range(1, 20):
         plan = backbones._Plan(Slots([0]), torch.full((1, 2), length - 1), 1, torch.device("cpu"))
         new = torch.full((1, 2, 1, 3, 5), float(length))
-        keys, values = cache.write(0, new, 10 * new, plan)
+        keys, values = cache.write(0, new, plan), cache.write(1, 10 * new, plan)
         assert keys.shape == (2, 3, length, 5)
         assert keys[1, 2, :, 4].tolist() == [float(n + 1) for n in range(length)]
         assert torch.equal(values, 10 * keys)
