@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import fused_over, random_adapter, tiny_model
 
-from ultrafuser.decoding import backbones, engine
+from ultrafuser.decoding import backbones, engine, projection
 from ultrafuser.decoding.backbones import LlamaBackbone, ModuleBackbone, open_backbones
 from ultrafuser.decoding.engine import FusedDecoder, TokenStep
 from ultrafuser.decoding.reference import reference_tokens
@@ -96,6 +96,11 @@ MODELS = {
     "one whole": lambda: whole("qwen2"),
     "one adapter": lambda: folded("llama", 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_packed_too(monkeypatch):
+    monkeypatch.setattr(projection, "_LEAST_PACKED", 0)
 
 
 @pytest.fixture(scope="module", params=MODELS)

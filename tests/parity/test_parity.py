@@ -253,7 +253,8 @@ def test_the_adapter_bank_is_peft(adapters, peft_models, grad):
         with torch.set_grad_enabled(grad):
             logits = adapters(input_ids=ids, attention_mask=mask).logits
         assert logits.requires_grad == grad
-        assert torch.allclose(logits[mask.bool()], expected, **EXACT), name
+        # Sums are taken in another order: with AVX2 alone they come out up to 2e-5 apart.
+        assert torch.allclose(logits[mask.bool()], expected, rtol=1e-5, atol=3e-5), name
 
 
 def test_the_adapter_bank_is_the_whole_bank_with_merged_adapters(adapters, folders):

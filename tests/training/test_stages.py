@@ -65,7 +65,9 @@ def test_cached_states_change_nothing(toys, tmp_path, tokenizer, kind):
         bank = copied(fused.model.bank.state_tensors())
         results.append(stage1(fused, toys, tmp_path / str(cached), cache_states=cached))
         assert same(bank, fused.model.bank.state_tensors())
-        gates.append(torch.cat([p.flatten() for p in fused.model.gate.parameters()]))
+        # All but the last bias: it shifts all scores alike, so that it has no gradient but rounding.
+        seen = [p for name, p in fused.model.gate.named_parameters() if name != "networks.0.2.bias"]
+        gates.append(torch.cat([p.flatten() for p in seen]))
     assert dict(results[1].losses) == pytest.approx(dict(results[0].losses), abs=1e-6)
     torch.testing.assert_close(gates[0], gates[1], rtol=0, atol=1e-5)
     assert results[0].cache is None

@@ -14,6 +14,8 @@ Product = Callable[[Tensor], Tensor]
 
 # For how many rows oneDNN lays weights out: passes of a few rows are what decoding and verifying drafts consist of.
 _FLOAT32_ROWS, _BFLOAT16_ROWS = 8, 1
+# Float32 weights fewer than this, an adapter's mostly, cost more to hand to oneDNN than to multiply.
+_LEAST_PACKED = 2**17
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -137,6 +139,8 @@ def quantized_projection(layers: Sequence[nn.Module], specialist: int) -> Quanti
 
 def _in_onednn(weight: Tensor) -> bool:
     if not weight.is_cpu or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float32 and weight.numel() < _LEAST_PACKED:
         return False
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and supported())

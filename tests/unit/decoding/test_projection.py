@@ -8,6 +8,7 @@ from conftest import random_adapter, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ultrafuser.decoding import projection
 from ultrafuser.decoding.projection import (
     PackedLinear,
     Projection,
@@ -27,6 +28,11 @@ TOLERANCE = {
 }
 ON_CPU = torch.device("cpu")
 needs_quantization = pytest.mark.skipif(not can_quantize(ON_CPU), reason="FBGEMM is for x86 processors")
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_packed_too(monkeypatch):
+    monkeypatch.setattr(projection, "_LEAST_PACKED", 0)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,6 +61,16 @@ def test_a_packed_layer_is_the_layer(dtype, bias, rows):
     assert torch.allclose(output.to(dtype), layer(x), **TOLERANCE[dtype])
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     assert torch.allclose(output.double(), exact, **TOLERANCE[dtype])
+
+
+@torch.inference_mode()
+def test_small_weights_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(projection, "_LEAST_PACKED", 64)
+    x = noise(3, 8)
+    for size, packed in ((7, False), (8, True)):
+        weight = noise(size, 8, seed=1)
+        assert projection._packs(weight) == (packed and torch.backends.mkldnn.is_available())
+        assert torch.allclose(PackedLinear(weight)(x), F.linear(x, weight), **TOLERANCE[torch.float32])
 
 
 @torch.inference_mode()

@@ -219,7 +219,8 @@ def test_unfold_leaves_plain_layers_with_the_adapter_merged():
     with torch.no_grad():
         expected = model(ids).logits
         unfold(model, layers)
-        assert torch.allclose(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        # W x + B A x against (W + B A) x: with AVX2 alone they come out up to 2e-5 apart.
+        assert torch.allclose(model(ids).logits, expected, rtol=1e-5, atol=3e-5)
     assert {name: type(module) for name, module in model.named_modules()} == names
 
 
