@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from conftest import fused_over, random_adapter, tiny_model
+from conftest import chi_square, fused_over, random_adapter, tiny_model
 
 from ultrafuser.decoding import backbones, engine, projection
 from ultrafuser.decoding.backbones import LlamaBackbone, ModuleBackbone, open_backbones
@@ -551,22 +551,6 @@ def distribution(
         growing = {said: p for said, p in longer.items() if said[-1] != model.config.end_token_id}
         done.update({said: p for said, p in longer.items() if said[-1] == model.config.end_token_id})
     return {**growing, **done}
-
-
-def chi_square(counts: Counter, probabilities: dict[tuple[int, ...], float]) -> tuple[float, float]:
-    """Pearson's statistic, and what it stays below in all but one of 100,000 cases.
-
-    Outcomes expected fewer than 5 times are one; the bound is Wilson and Hilferty's (1931), 4.265 being the normal
-    quantile.
-    """
-    total = counts.total()
-    likely = {key: total * p for key, p in probabilities.items() if total * p >= 5}
-    rest = total - sum(likely.values())
-    statistic = sum((counts[key] - mean) ** 2 / mean for key, mean in likely.items())
-    statistic += (total - sum(counts[key] for key in likely) - rest) ** 2 / max(rest, 5)
-    freedom = len(likely)  # cells, the rest among them, less one
-    spread = 2 / (9 * freedom)
-    return statistic, freedom * (1 - spread + 4.265 * math.sqrt(spread)) ** 3
 
 
 def accept_all(drafted, draft, target, sampler):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from conftest import chi_square
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -74,22 +75,6 @@ def three_tokens(
     num_accepted, following = rule(tokens, draft, TARGET, own)
     said = [*tokens[:num_accepted], following]
     return tuple(said + [own.draw(row) for row in TARGET[len(said) :]])
-
-
-def chi_square(counts: Counter, probabilities: dict[tuple[int, ...], float]) -> tuple[float, float]:
-    """Pearson's statistic, and what it stays below in all but one of 100,000 cases.
-
-    Outcomes expected fewer than 5 times are one; the bound is Wilson and Hilferty's (1931), 4.265 being the normal
-    quantile.
-    """
-    total = counts.total()
-    likely = {key: total * p for key, p in probabilities.items() if total * p >= 5}
-    rest = total - sum(likely.values())
-    statistic = sum((counts[key] - mean) ** 2 / mean for key, mean in likely.items())
-    statistic += (total - sum(counts[key] for key in likely) - rest) ** 2 / max(rest, 5)
-    freedom = len(likely)  # cells, the rest among them, less one
-    spread = 2 / (9 * freedom)
-    return statistic, freedom * (1 - spread + 4.265 * math.sqrt(spread)) ** 3
 
 
 EXACT = {
