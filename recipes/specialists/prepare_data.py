@@ -425,8 +425,8 @@ class Heldout:
 
 DOMAINS: dict[str, tuple[Source, ...]] = {
     "math": (
-        Source("gsm8k", gsm8k_row, "math_gsm8k_train", num_gate=300, pace=2),
-        Source("math", math_row, "math_math_train", num_gate=100, pace=1),
+        Source("gsm8k", gsm8k_row, "math_gsm8k_train", num_gate=350, pace=2),
+        Source("math", math_row, "math_math_train", num_gate=150, pace=1),
     ),
     "code": (
         Source(
@@ -437,7 +437,7 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
             num_heldout=200,
             num_gate=300,
         ),
-        Source("mbpp", mbpp_row, "code_mbpp_train_val_prompt", part=mbpp_train_part),
+        Source("mbpp", mbpp_row, "code_mbpp_train_val_prompt", part=mbpp_train_part, num_gate=100),
         Source("stdlib", num_gate=100),
     ),
     "text": (
@@ -447,7 +447,7 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
             "text_dolly_filtered_train",
             heldout="text.heldout",
             num_heldout=200,
-            num_gate=250,
+            num_gate=300,
         ),
         Source(
             "oasst",
@@ -456,6 +456,7 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
             part=oasst_part,
             heldout="text.heldout_oasst",
             num_heldout=100,
+            num_gate=100,
         ),
         Source(
             "gpteacher_roleplay",

@@ -1,5 +1,6 @@
 """The commands that use a fused model, as a person or a program calls them: on tiny random models."""
 
+import copy
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import ultrafuser
 from ultrafuser import SpecialistSource, fuse, open_fused, save_fused
 from ultrafuser.cli import app, report
 from ultrafuser.cli.chat import Chat
+from ultrafuser.cli.opening import open_decoder
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
@@ -210,6 +212,30 @@ def test_dtype_is_taken(model, tmp_path):
         "generate", model, "Hello", "--max-new-tokens", 1, "--dtype", "bfloat16", "--json", tmp_path / "m"
     )
     assert json.loads((tmp_path / "m").read_text())["provenance"]["dtype"] == "torch.bfloat16"
+
+
+def test_a_draft_model_drafts_and_changes_nothing(model, tmp_path, tokenizer, monkeypatch):
+    drafting = save_model(tmp_path / "draft", tiny_model(seed=7), tokenizer)
+    decoders = []
+
+    def opened(*arguments):
+        decoders.append(open_decoder(*arguments))
+        return decoders[-1]
+
+    monkeypatch.setattr("ultrafuser.cli.generate.open_decoder", opened)
+    question = ("generate", model, "Hello", "--max-new-tokens", 24)
+    plain = succeeds(*question, "--no-speculate").stdout
+    assert succeeds(*question, "--draft-model", drafting).stdout == plain
+    assert decoders[0].stats.draft_passes == 0 < decoders[1].stats.draft_passes
+
+
+def test_draft_models_that_cannot_draft_are_refused(model, tmp_path, tokenizer):
+    question = ("generate", model, "Hello", "--max-new-tokens", 8, "--draft-model")
+    assert "--no-speculate" in refused(*question, tmp_path, "--no-speculate")
+    assert "nowhere" in refused(*question, tmp_path / "nowhere")
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<another>"])
+    assert "<another>" in refused(*question, save_model(tmp_path / "other", tiny_model(), other))
 
 
 def test_generate_refuses(model, tmp_path):

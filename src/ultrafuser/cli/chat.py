@@ -17,17 +17,24 @@ from rich.text import Text
 from ultrafuser.cli.generate import (
     MaxNewTokensOption,
     SeedOption,
-    SpeculateOption,
     SystemOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
 )
-from ultrafuser.cli.opening import DeviceOption, DtypeOption, ModelArgument, open_model
+from ultrafuser.cli.opening import (
+    DeviceOption,
+    DraftModelOption,
+    DtypeOption,
+    ModelArgument,
+    SpeculateOption,
+    open_decoder,
+    open_model,
+)
 from ultrafuser.errors import ConversationTooLongError, UltrafuserError
 
 if TYPE_CHECKING:
-    from ultrafuser.decoding.engine import TokenStep
+    from ultrafuser.decoding.engine import FusedDecoder, TokenStep
     from ultrafuser.decoding.sampling import SamplingParams
     from ultrafuser.modeling.assembly import FusedModel
 
@@ -51,6 +58,7 @@ def chat(
     top_k: TopKOption = 0,
     seed: SeedOption = 0,
     speculate: SpeculateOption = True,
+    draft_model: DraftModelOption = None,
     system: SystemOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -64,7 +72,8 @@ def chat(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    Chat(open_model(model, dtype, device), params, system, speculate=speculate).run()
+    fused = open_model(model, dtype, device)
+    Chat(fused, params, system, decoder=open_decoder(fused, 1, speculate, draft_model)).run()
 
 
 class Chat:
@@ -75,7 +84,7 @@ class Chat:
         params: how tokens are chosen. The seed goes up by one with every answer.
         system: system message.
         console: where to write.
-        speculate: draft several tokens at once where that is faster.
+        decoder: answers one conversation at a time; a speculating one of its own when None.
     """
 
     def __init__(
@@ -84,16 +93,13 @@ class Chat:
         params: "SamplingParams | None" = None,
         system: str | None = None,
         console: Console | None = None,
-        speculate: bool = True,
+        decoder: "FusedDecoder | None" = None,
     ) -> None:
         from ultrafuser.analysis.palette import specialist_colours
-        from ultrafuser.decoding.engine import FusedDecoder
         from ultrafuser.decoding.sampling import SamplingParams
-        from ultrafuser.decoding.speculation import SpeculationParams
 
         self._tokenizer = fused.tokenizer
-        speculation = SpeculationParams() if speculate else None
-        self._decoder = FusedDecoder(*fused, max_batch=1, speculation=speculation)
+        self._decoder = open_decoder(fused, 1) if decoder is None else decoder
         self._encoder = fused.model.conversation_encoder(fused.tokenizer)
         self._names = list(fused.model.specialist_names)
         self._colours = specialist_colours(len(self._names))

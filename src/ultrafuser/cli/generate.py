@@ -12,9 +12,12 @@ import typer
 
 from ultrafuser.cli.opening import (
     DeviceOption,
+    DraftModelOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SpeculateOption,
+    open_decoder,
     open_model,
 )
 from ultrafuser.cli.report import provenance, write_metrics
@@ -23,7 +26,7 @@ from ultrafuser.files import atomic_write
 from ultrafuser.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ultrafuser.decoding.engine import TokenStep
+    from ultrafuser.decoding.engine import FusedDecoder, TokenStep
     from ultrafuser.decoding.sampling import SamplingParams
     from ultrafuser.modeling.assembly import FusedModel
     from ultrafuser.training.data import Prompt
@@ -50,15 +53,6 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed gi
 SystemOption = Annotated[
     str | None,
     typer.Option("--system", help="System message for conversations without one.", show_default=False),
-]
-
-
-SpeculateOption = Annotated[
-    bool,
-    typer.Option(
-        "--speculate/--no-speculate",
-        help="Draft several tokens at once where that is faster; exact either way.",
-    ),
 ]
 
 
@@ -106,6 +100,7 @@ def generate(
     seed: SeedOption = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts answered together.")] = 8,
     speculate: SpeculateOption = True,
+    draft_model: DraftModelOption = None,
     system: SystemOption = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Add the text and the gate weights of every token.")
@@ -136,8 +131,10 @@ def generate(
         seed=seed,
     )
     fused = open_model(model, dtype, device)
+    requests = _requests(fused, prompts, params)
+    decoder = open_decoder(fused, batch_size, speculate, draft_model)
     started = time.perf_counter()
-    rows = _answer_all(fused, prompts, params, batch_size, speculate, weights)
+    rows = _answer_all(fused, decoder, prompts, requests, weights)
     seconds = time.perf_counter() - started
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is None:
@@ -180,31 +177,28 @@ def _prompts(prompt: str | None, input_file: Path | None, system: str | None) ->
     ]
 
 
-def _answer_all(
-    fused: "FusedModel",
-    prompts: "Sequence[Prompt]",
-    params: "SamplingParams",
-    batch_size: int,
-    speculate: bool,
-    weights: bool,
-) -> list[dict[str, Any]]:
-    from ultrafuser.decoding.engine import FusedDecoder
-    from ultrafuser.decoding.speculation import SpeculationParams
-
+def _requests(
+    fused: "FusedModel", prompts: "Sequence[Prompt]", params: "SamplingParams"
+) -> "list[tuple[Sequence[Sequence[int]], SamplingParams]]":
+    """What the engine is asked; a prompt that cannot be read is refused before the first is answered."""
     encoder = fused.model.conversation_encoder(fused.tokenizer)
-    requests = []
-    for index, asked in enumerate(prompts):  # refused before the first is answered, not hours later
+    requests: list[tuple[Sequence[Sequence[int]], SamplingParams]] = []
+    for index, asked in enumerate(prompts):
         try:
             ids = encoder.prompt(asked.messages, max_new_tokens=params.max_new_tokens)
         except TemplateError as error:
             raise TemplateError(f"{asked.where}: {error}") from error
         requests.append((ids, replace(params, seed=params.seed + index)))
-    decoder = FusedDecoder(
-        fused.model,
-        fused.tokenizer,
-        max_batch=batch_size,
-        speculation=SpeculationParams() if speculate else None,
-    )
+    return requests
+
+
+def _answer_all(
+    fused: "FusedModel",
+    decoder: "FusedDecoder",
+    prompts: "Sequence[Prompt]",
+    requests: "Sequence[tuple[Sequence[Sequence[int]], SamplingParams]]",
+    weights: bool,
+) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     with ProgressBar("Answering") as bar:
         for index, steps in decoder.respond(requests):

@@ -14,6 +14,7 @@ from ultrafuser.errors import CheckpointError, UltrafuserError
 if TYPE_CHECKING:
     import torch
 
+    from ultrafuser.decoding.engine import FusedDecoder
     from ultrafuser.modeling.assembly import FusedModel
 
 
@@ -34,6 +35,22 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device", help="Run here: cpu, cuda, cuda:1, ...", show_default="a GPU where there is one"
+    ),
+]
+SpeculateOption = Annotated[
+    bool,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Draft several tokens at once where that is faster; exact either way.",
+    ),
+]
+DraftModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model",
+        metavar="MODEL",
+        help="Let this plain model of the same vocabulary draft: a folder, a hub id or package://PACKAGE/PATH.",
+        show_default="whatever is fastest here",
     ),
 ]
 JsonOption = Annotated[
@@ -70,6 +87,46 @@ def open_model(model: str, dtype: Dtype | None, device: str | None) -> "FusedMod
                 f"({str(error).splitlines()[0]})"
             ) from error
         return FusedModel(fused.model.to(target), fused.tokenizer)
+
+
+def open_decoder(
+    fused: "FusedModel", max_batch: int, speculate: bool = True, draft_model: str | None = None
+) -> "FusedDecoder":
+    """The decoding engine as a command's options ask for it.
+
+    Args:
+        fused: model and tokenizer.
+        max_batch: conversations at the same time.
+        speculate: draft several tokens at once where that is faster.
+        draft_model: source of a plain model that drafts instead of the engine's own choice.
+
+    Raises:
+        UltrafuserError: a draft model where nothing is to be drafted, one that cannot be opened, or one of another
+            vocabulary.
+    """
+    from ultrafuser.decoding.engine import FusedDecoder
+    from ultrafuser.decoding.speculation import SpeculationParams
+    from ultrafuser.modeling.sources import load_model, load_tokenizer
+    from ultrafuser.modeling.templates import vocabulary_difference
+
+    if draft_model is None:
+        return FusedDecoder(
+            *fused, max_batch=max_batch, speculation=SpeculationParams() if speculate else None
+        )
+    if not speculate:
+        raise UltrafuserError(
+            "--draft-model drafts, and --no-speculate forbids drafts. Leave one of them out."
+        )
+    with status_line(f"Opening {draft_model}"):
+        tokenizer = load_tokenizer(draft_model)
+        difference = None if tokenizer is None else vocabulary_difference(fused.tokenizer, tokenizer)
+        if difference is not None:
+            raise UltrafuserError(
+                f"--draft-model {draft_model} has another vocabulary than the fused model: {difference} "
+                "Give a model of the same family."
+            )
+        drafting = load_model(draft_model, dtype=fused.model.dtype).to(fused.model.device)
+    return FusedDecoder(*fused, max_batch=max_batch, draft_model=drafting)
 
 
 @contextmanager

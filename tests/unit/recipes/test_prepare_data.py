@@ -44,19 +44,19 @@ def write(folder, name, rows):
 def source(script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     instruct = ("instruction", "input", "output")
-    gsm8k = records(("question", "answer"), 360, 1)
+    gsm8k = records(("question", "answer"), 380, 1)
     gsm8k[0] = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5 apples.\n#### 5"}
     gsm8k[1] = {"question": "Copied?", "answer": f"So {PLANTED.upper()}!\n#### 1"}
     gsm8k[2] = {"question": "Long?", "answer": "x" * 2401}
     gsm8k[3] = {"question": "Empty?", "answer": " "}
     gsm8k[4] = gsm8k[5]
     math_test = records(("problem", "solution"), 210, 2)
-    math_train = records(("problem", "solution"), 130, 3)
+    math_train = records(("problem", "solution"), 180, 3)
     math_train[0]["problem"] = math_test[7]["problem"].upper() + "?"
     mbpp = [
         row
-        for number, split in enumerate(("prompt", "train", "validation"))
-        for row in records(("text", "code"), 10, 20 + number, split=split)
+        for number, (split, count) in enumerate({"prompt": 10, "train": 110, "validation": 10}.items())
+        for row in records(("text", "code"), count, 20 + number, split=split)
     ]
     mbpp[0]["code"] = "def f(x):\r\n\treturn x\r\n"
     write(folder, "math_gsm8k_train", gsm8k)
@@ -73,12 +73,12 @@ def source(script, tmp_path_factory):
         "code_humaneval_instruct_test",
         [{"instruction": "Add.", "declaration": "\ndef f(a):\n", "canonical_solution": "    return a\n\n"}],
     )
-    write(folder, "text_dolly_filtered_train", records(instruct, 470, 7))
+    write(folder, "text_dolly_filtered_train", records(instruct, 520, 7))
     commits = [
         {"prompt": f"{script.FIRST_COMMIT}\nx = 1", "output": "x = 2"},
         {"prompt": "Fix.", "output": "x = 3"},
     ]
-    write(folder, "text_oasst_octopack_train", records(("prompt", "output"), 120, 8) + commits)
+    write(folder, "text_oasst_octopack_train", records(("prompt", "output"), 220, 8) + commits)
     write(folder, "text_gpteacher_roleplay_train", records(instruct, 220, 9))
     return folder
 
@@ -109,7 +109,7 @@ def test_train_gate_and_heldout_share_no_question(prepared, domain):
 
 def test_parts_have_their_sizes(prepared):
     rows = prepared[0]["rows"]
-    assert (rows["math.gate"], rows["code.gate"], rows["text.gate"]) == (400, 400, 350)
+    assert (rows["math.gate"], rows["code.gate"], rows["text.gate"]) == (500, 500, 500)
     assert (rows["math.heldout"], rows["math.heldout_math"], rows["math.heldout_aqua"]) == (200, 200, 5)
     assert (rows["code.heldout"], rows["code.heldout_mbpp"], rows["code.heldout_humaneval"]) == (200, 10, 1)
     assert (rows["text.heldout"], rows["text.heldout_oasst"], rows["text.heldout_roleplay"]) == (
@@ -142,7 +142,7 @@ def test_overlap_with_test_files_is_removed_and_counted(prepared):
 
 
 def test_code_commits_are_not_text(prepared):
-    assert prepared[0]["sources"]["text"]["oasst"]["read"] == 20
+    assert prepared[0]["sources"]["text"]["oasst"]["read"] == 120
     assert not {"x = 2", "x = 3"} & {answer for _, answer in read(prepared[1], "text.train")}
 
 
@@ -150,7 +150,8 @@ def test_answers_are_cleaned(prepared):
     output = prepared[1]
     math = dict(read(output, "math.train") + read(output, "math.gate"))
     assert math["How many?"] == "2 + 3 = 5 apples.\n#### 5"
-    assert "def f(x):\n\treturn x" in dict(read(output, "code.train")).values()
+    code = dict(read(output, "code.train") + read(output, "code.gate"))
+    assert "def f(x):\n\treturn x" in code.values()
     assert read(output, "code.heldout_humaneval") == [("Add.", "def f(a):\n    return a")]
     assert all(question.endswith("\nA)1\nB)2") for question, _ in read(output, "math.heldout_aqua"))
 
