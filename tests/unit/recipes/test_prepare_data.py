@@ -179,7 +179,7 @@ def test_too_short_source_is_refused(script, source, tmp_path):
     for path in source.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     write(tmp_path, "math_math_train", records(("problem", "solution"), 3, 3))
-    with pytest.raises(UltrafuserError, match="math must have at least 100 usable rows"):
+    with pytest.raises(UltrafuserError, match="math must have at least 150 usable rows"):
         script.prepare(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
