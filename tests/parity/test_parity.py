@@ -264,8 +264,8 @@ def test_the_adapter_bank_is_peft_in_double_precision(folders, peft_models):
         favour(fused, index)
         expected = logits_of(copy.deepcopy(plain).double(), ids, mask)
         assert expected.dtype == torch.float64
-        # Not closer: the norms of the architecture itself compute in float32.
-        assert torch.allclose(logits_of(fused, ids, mask), expected, rtol=1e-6, atol=1e-6), name
+        # Not closer: norms and softmax of the architecture itself compute in float32.
+        assert torch.allclose(logits_of(fused, ids, mask), expected, rtol=0, atol=5e-6), name
 
 
 def test_the_adapter_bank_is_the_whole_bank_with_merged_adapters(adapters, folders):
