@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -189,18 +189,26 @@ def one_of(fused: FusedModel) -> FusedModel:
     return fused
 
 
-def open_variants(fused: FusedModel, batch: int) -> dict[str, Any]:
-    """Every variant by name."""
+def variant_names(banks: Sequence[str]) -> list[str]:
+    """The names of all variants over these banks."""
+    plainest = {"adapters": "adapters+lookup", "whole": "whole+specialist"}
+    return ["hf", *(n for bank in banks for n in (f"one/{bank}", bank, f"{bank}+", plainest[bank]))]
+
+
+def open_variants(fused: FusedModel, batch: int, only: Sequence[str] | None) -> dict[str, Any]:
+    """Variants by name: all, or those named and what they are compared with."""
     banks = {"whole": as_whole(fused)}
     if isinstance(fused.model.bank, AdapterSpecialists):
         banks = {"adapters": fused, **banks}
     variants: dict[str, Any] = {"hf": HuggingFaceVariant(fused)}
-    for bank, model in banks.items():
-        variants[f"one/{bank}"] = EngineVariant(one_of(model), batch)
-        variants[bank] = EngineVariant(model, batch)
-        variants[f"{bank}+"] = EngineVariant(model, batch, "auto")
-        plainest: DrafterKind = "lookup" if bank == "adapters" else "specialist"
-        variants[f"{bank}+{plainest}"] = EngineVariant(model, batch, plainest)
+    for name in variant_names(list(banks))[1:]:
+        bank, _, drafter = name.removeprefix("one/").partition("+")
+        baseline = name in (bank, f"one/{bank}")  # the plain fused model, too: a speedup is over it
+        if only is not None and name not in only and not (baseline and any(bank in other for other in only)):
+            continue
+        model = one_of(banks[bank]) if name.startswith("one/") else banks[bank]
+        kind = cast(DrafterKind, drafter if drafter else "auto") if "+" in name else None
+        variants[name] = EngineVariant(model, batch, kind)
     return variants
 
 
@@ -336,6 +344,12 @@ def main(
     load = os.getloadavg()[0]
     fused = open_fused(model, getattr(torch, dtype))
     fused.model.to(device)
+    adapters = isinstance(fused.model.bank, AdapterSpecialists) and shape is None
+    known = variant_names(["adapters", "whole"] if adapters else ["whole"])
+    if only is not None and (unknown := set(only) - set(known)):
+        raise typer.BadParameter(
+            f"--only must be among {', '.join(known)}, got {', '.join(sorted(unknown))}."
+        )
     copy = copy_bytes_per_s(clock, fused.model.device)
     encoder = fused.model.conversation_encoder(fused.tokenizer)
     prompts = {domain: questions(encoder, domain, rows) for domain in DOMAINS}
@@ -344,9 +358,7 @@ def main(
     metrics = {"copy_bytes_per_s": copy, **pass_costs(fused, clock)}
     console.print(", ".join(f"{name} {ratio:.2f}" for name, ratio in metrics.items() if "pass" in name))
     for size in batch:
-        variants = open_variants(fused, size)
-        if only is not None:
-            variants = {name: variant for name, variant in variants.items() if name in only}
+        variants = open_variants(fused, size, only)
         tallies = measure(variants, prompts, size, max_new_tokens, clock)
         metrics |= report(variants, tallies, size, copy, console)
     console.print(

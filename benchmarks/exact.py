@@ -1,14 +1,17 @@
-"""Whether every way of decoding gives the reference's tokens, with real prompts and real specialists.
+"""Whether the ways of decoding give the reference's tokens, with real prompts and real specialists.
 
 For the questions of the demo's held-out conversations of all three domains, responses are decoded
 
     reference     the obvious loop (with a cache)
     generate      by `UltraFuserForCausalLM.generate`
     engine        by `FusedDecoder`, several conversations at a time
-    speculative   the same with speculation
+    + int8        the same with drafts by 8-bit copies of the specialists
+    + lookup      adapters: with drafts from the context
+    + specialist  whole specialists: with drafts by the favoured one
     sampled       by `FusedDecoder` with temperature 0.8, top-p 0.95 and a seed; against the reference with the same
 
-and compared token by token. What is done is kept in a JSONL file: started again, the script goes on behind it.
+and compared token by token. What is done is kept in a JSONL file, behind the settings: started again with the same
+settings, the script goes on behind it.
 
     ultrafuser demo --no-chat -o runs/demo
     python benchmarks/exact.py runs/demo --work runs/exact.jsonl
@@ -30,6 +33,7 @@ from rich.table import Table
 from ultrafuser import FusedModel, open_fused
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.decoding import FusedDecoder, SamplingParams, SpeculationParams, reference_tokens
+from ultrafuser.decoding.speculation import DrafterKind
 from ultrafuser.modeling.export import as_whole
 
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
@@ -57,17 +61,24 @@ def by_generate(fused: FusedModel, prompts: list[Any], params: list[SamplingPara
 
 
 def by_engine(
-    fused: FusedModel, prompts: list[Any], params: list[SamplingParams], speculate: bool = False
+    fused: FusedModel, prompts: list[Any], params: list[SamplingParams], drafter: DrafterKind | None = None
 ) -> Iterator[list[int]]:
     """Responses of the engine."""
-    speculation = SpeculationParams() if speculate else None
+    speculation = None if drafter is None else SpeculationParams(drafter=drafter)
     decoder = FusedDecoder(*fused, max_batch=BATCHES[-1], speculation=speculation)
     answers = dict(decoder.respond(zip(prompts, params, strict=True)))
     for index in range(len(prompts)):
         yield [step.token_id for step in answers[index]]
 
 
-def responses(fused: FusedModel, prompts: list[Any], max_new_tokens: int) -> dict[str, list[list[int]]]:
+def drafters(bank: str) -> tuple[DrafterKind, ...]:
+    """Who can draft for a bank."""
+    return ("int8", "lookup") if bank == "adapters" else ("int8", "specialist")
+
+
+def responses(
+    fused: FusedModel, bank: str, prompts: list[Any], max_new_tokens: int
+) -> dict[str, list[list[int]]]:
     """Responses to some prompts, by way of decoding."""
     greedy = [SamplingParams(max_new_tokens=max_new_tokens)] * len(prompts)
     sampled = [replace(SAMPLED, max_new_tokens=max_new_tokens, seed=seed) for seed in range(len(prompts))]
@@ -75,7 +86,7 @@ def responses(fused: FusedModel, prompts: list[Any], max_new_tokens: int) -> dic
         "reference": list(by_reference(fused, prompts, greedy)),
         "generate": list(by_generate(fused, prompts, greedy)),
         "engine": list(by_engine(fused, prompts, greedy)),
-        "speculative": list(by_engine(fused, prompts, greedy, speculate=True)),
+        **{f"+ {who}": list(by_engine(fused, prompts, greedy, who)) for who in drafters(bank)},
         "reference sampled": list(by_reference(fused, prompts, sampled)),
         "sampled": list(by_engine(fused, prompts, sampled)),
     }
@@ -99,9 +110,17 @@ def main(
     encoder = fused.model.conversation_encoder(fused.tokenizer)
     prompts = [prompt for domain in DOMAINS for prompt in questions(encoder, domain, rows)]
     size = BATCHES[-1]
-    done = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
+    settings = {"model": model, "bank": bank, "dtype": dtype, "rows": rows, "max_new_tokens": max_new_tokens}
+    if not work.exists():
+        work.write_text(json.dumps(settings) + "\n")
+    begun, *lines = work.read_text().splitlines()
+    if json.loads(begun) != settings:
+        raise typer.BadParameter(
+            f"--work {work} is of a run with other settings: {begun}. Name another file."
+        )
+    done = [json.loads(line) for line in lines]
     for start in track(range(len(done) * size, len(prompts), size), "decoding"):
-        found = responses(fused, prompts[start : start + size], max_new_tokens)
+        found = responses(fused, bank, prompts[start : start + size], max_new_tokens)
         with work.open("a") as file:
             file.write(json.dumps(found) + "\n")
         done.append(found)
@@ -109,7 +128,7 @@ def main(
         "way", "equal", "responses", "tokens", title=f"{bank}, {dtype}, {max_new_tokens} tokens at most"
     )
     metrics: dict[str, float] = {}
-    for way in ("generate", "engine", "speculative", "sampled"):
+    for way in ("generate", "engine", *(f"+ {who}" for who in drafters(bank)), "sampled"):
         truth = "reference sampled" if way == "sampled" else "reference"
         pairs = [pair for block in done for pair in zip(block[way], block[truth], strict=True)]
         equal = sum(found == expected for found, expected in pairs)
@@ -117,13 +136,6 @@ def main(
         metrics[f"equal/{way}"], metrics[f"responses/{way}"] = equal, len(pairs)
     console.print(table)
     if json_file is not None:
-        settings = {
-            "model": model,
-            "bank": bank,
-            "dtype": dtype,
-            "rows": rows,
-            "max_new_tokens": max_new_tokens,
-        }
         write_metrics(json_file, metrics, provenance(**settings, threads=threads))
 
 

@@ -191,6 +191,17 @@ def test_conversations_that_are_cut_or_left_out_are_counted(toys, tmp_path):
     )
     output = called("train", recipe, "-o", tmp_path / "fused")
     assert "letters: 2 conversations, 1 of them cut to max_length, 1 more left out as too long" in output
+    assert "held-out letters: 2 conversations, 1 of them cut to max_length, 1 more left out" in output
+    dropping = toys.write_recipe(
+        tmp_path / "drop.yaml",
+        heldout=files,
+        max_length=60,
+        too_long="drop",
+        stage1={"steps": 1},
+        stage2=None,
+    )
+    output = called("train", dropping, "-o", tmp_path / "dropped")
+    assert "held-out letters: 1 conversations, 2 more left out as too long" in output
     strict = toys.write_recipe(tmp_path / "strict.yaml", data=files, max_length=60, too_long="error")
     assert "data.letters, conversation 2: Specialist 'letters' reads at most 60 tokens" in refused(
         "train", strict, "-o", tmp_path / "strict"

@@ -229,6 +229,20 @@ def test_a_draft_model_drafts_and_changes_nothing(model, tmp_path, tokenizer, mo
     assert decoders[0].stats.draft_passes == 0 < decoders[1].stats.draft_passes
 
 
+def test_a_seed_decides_samples_unless_drafts_are_asked_for(model, monkeypatch):
+    speculating = []
+
+    def opened(fused, max_batch, speculate, draft_model):
+        speculating.append(speculate)
+        return open_decoder(fused, max_batch, speculate, draft_model)
+
+    monkeypatch.setattr("ultrafuser.cli.generate.open_decoder", opened)
+    question = ("generate", model, "Hello", "--max-new-tokens", 4)
+    for options in ((), ("--temperature", 0.8), ("--temperature", 0.8, "--speculate"), ("--no-speculate",)):
+        succeeds(*question, *options)
+    assert speculating == [True, False, True, False]
+
+
 def test_draft_models_that_cannot_draft_are_refused(model, tmp_path, tokenizer):
     question = ("generate", model, "Hello", "--max-new-tokens", 8, "--draft-model")
     assert "--no-speculate" in refused(*question, tmp_path, "--no-speculate")

@@ -13,7 +13,7 @@ from conftest import save_adapter
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from ultrafuser.modeling.checkpoint import open_fused
 from ultrafuser.training.data import BalancedBatchSampler, MicroBatchSampler, load_domain_conversations
@@ -194,11 +194,11 @@ def plain_specialize(model, batches):
 @pytest.mark.parametrize("start", ["fresh", "adapter"])
 def test_lora_specialize_is_the_plain_peft_loop(toys, tmp_path, start):
     base = AutoModelForCausalLM.from_pretrained(toys.folder / "base", dtype=torch.float32)
-    recipe = specialize_recipe(toys, lora={"rank": 4, "alpha": 8})
     if start == "adapter":
         begin = save_adapter(tmp_path / "begin", base, seed=3)
-        recipe = recipe.model_copy(update={"adapter": begin})
+        recipe = specialize_recipe(toys, adapter=begin)
     else:  # the same start for PEFT: our A, and B zero
+        recipe = specialize_recipe(toys, lora={"rank": 4, "alpha": 8})
         adapter = fresh_adapter(base, recipe.lora, recipe.model, recipe.seed)
         begin = save_adapter(tmp_path / "begin", base, target_modules="all-linear")
         reference = PeftModel.from_pretrained(copy.deepcopy(base), begin, is_trainable=True)
@@ -233,3 +233,21 @@ def test_full_specialize_is_the_plain_loop(toys, tmp_path):
     for name, tensor in reopened.state_dict().items():
         torch.testing.assert_close(tensor, reference.state_dict()[name], rtol=0, atol=1e-3)
     assert "lm_head.weight" in load_file(tmp_path / "run/model/model.safetensors")
+
+
+def test_a_full_specialist_keeps_the_template_that_it_was_trained_in(toys, tmp_path):
+    specialize(specialize_recipe(toys, train="full", template="alpaca"), tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert "### Instruction:" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
+
+
+def test_a_constant_rate_is_warmed_up_to(toys, tmp_path):
+    stage = {**STAGE, "schedule": "constant", "warmup_steps": 2, "steps": 3, "save_every": 1}
+    specialize(specialize_recipe(toys, train="full", stage=stage), tmp_path / "run")
+    state = json.loads((tmp_path / "run/checkpoints/checkpoint-3/trainer_state.json").read_text())
+    rates = [
+        entry["learning_rate"] / stage["learning_rate"] for entry in state["log_history"] if "loss" in entry
+    ]
+    assert rates == pytest.approx([0.0, 0.5, 1.0])

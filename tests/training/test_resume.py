@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.modeling.checkpoint import open_fused
 from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe, read_recipe
 from ultrafuser.training.run import check_folder, specialize, train
 from ultrafuser.training.trainer import last_checkpoint
@@ -46,6 +47,7 @@ def runs(toys, tmp_path_factory):
     recipe = toys.write_recipe(
         folder / "recipe.yaml",
         heldout={},
+        gate={"size": 16, "dropout": 0.5},  # what it leaves out is drawn anew in every step
         stage1={"steps": STEPS["stage1"], "learning_rate": 1e-2, "warmup_steps": 2, **stage},
         stage2={"steps": STEPS["stage2"], "learning_rate": 1e-3, **stage},
     )
@@ -71,6 +73,13 @@ def test_a_killed_training_resumes_to_the_same_model(runs):
         assert expected.keys() == tensors.keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-7)
+
+
+def test_a_finished_training_is_not_replaced_by_its_first_stage(runs):
+    folder, settings, _, _ = runs
+    with pytest.raises(RecipeError, match="has begun stage 2"):
+        train(settings, folder / "whole", resume=True, only_stage1=True)
+    assert not open_fused(folder / "whole").model.config.gate_only
 
 
 def test_a_finished_training_resumes_to_itself(runs):

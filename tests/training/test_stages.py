@@ -90,6 +90,8 @@ def test_no_steps_leave_the_uniform_average(toys, tmp_path):
     result = stage1(fused, toys, tmp_path, steps=0, cache_states=True)
     assert result.losses == []
     assert not any(tmp_path.iterdir())
+    weights = fused.model(input_ids=torch.tensor([[1, 50, 60]])).gate_weights
+    assert torch.equal(weights, torch.full_like(weights, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +106,12 @@ def test_no_steps_leave_the_uniform_average(toys, tmp_path):
 )
 def test_stage2_trains_everything_and_is_saved_whole(toys, tmp_path, bank, mode, dtype):
     stage = {"examples_per_domain": 12, "log_every": 1}  # every row in every step: losses can be compared
-    lora = {"rank": 2, "alpha": 4}
+    lora = {"lora": {"rank": 2, "alpha": 4}} if (bank, mode) == ("whole", "lora") else {}
     settings = toys.recipe(
         bank,
         dtype=dtype,
         stage1={"steps": 2, "learning_rate": 1e-2, **stage},
-        stage2={"steps": 5, "learning_rate": 3e-3, "train": mode, "lora": lora, **stage},
+        stage2={"steps": 5, "learning_rate": 3e-3, "train": mode, **lora, **stage},
     )
     trained = train(FusionRecipe.model_validate(settings), tmp_path / "run")
     losses = [loss for _, loss in trained.stages["stage2"].losses]

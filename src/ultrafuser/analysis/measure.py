@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ultrafuser.analysis.traces import FUSED, UNIFORM, Measurement, TokenTrace, loss_rows
 from ultrafuser.decoding.text import token_texts
-from ultrafuser.errors import UltrafuserError
+from ultrafuser.errors import TemplateError, UltrafuserError
 from ultrafuser.fusion import token_losses
 from ultrafuser.fusion.loss import IGNORE_INDEX
 from ultrafuser.modeling.model import UltraFuserForCausalLM
@@ -60,7 +60,12 @@ def measure(
     """
     _check(model, encoder, conversations)
     samples = [
-        _Sample(domain, index, encoder.encode(messages, too_long=too_long), messages)
+        _Sample(
+            domain,
+            index,
+            _encoded(encoder, messages, too_long, f"data.{domain}, conversation {index + 1}"),
+            messages,
+        )
         for domain, rows in conversations.items()
         for index, messages in enumerate(rows)
     ]
@@ -83,6 +88,15 @@ def measure(
     finally:
         model.train(was_training)
     return _summed_up(model.specialist_names, sums)
+
+
+def _encoded(
+    encoder: ConversationEncoder, messages: Conversation, too_long: Literal["truncate", "error"], where: str
+) -> EncodedConversation:
+    try:
+        return encoder.encode(messages, too_long=too_long)
+    except TemplateError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

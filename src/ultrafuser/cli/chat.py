@@ -30,6 +30,7 @@ from ultrafuser.cli.opening import (
     SpeculateOption,
     open_decoder,
     open_model,
+    whether_to_speculate,
 )
 from ultrafuser.errors import ConversationTooLongError, UltrafuserError
 
@@ -57,7 +58,7 @@ def chat(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = 0,
-    speculate: SpeculateOption = True,
+    speculate: SpeculateOption = None,
     draft_model: DraftModelOption = None,
     system: SystemOption = None,
     dtype: DtypeOption = None,
@@ -72,8 +73,9 @@ def chat(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
+    speculates = whether_to_speculate(speculate, draft_model, temperature)
     fused = open_model(model, dtype, device)
-    Chat(fused, params, system, decoder=open_decoder(fused, 1, speculate, draft_model)).run()
+    Chat(fused, params, system, decoder=open_decoder(fused, 1, speculates, draft_model)).run()
 
 
 class Chat:
@@ -99,7 +101,7 @@ class Chat:
         from ultrafuser.decoding.sampling import SamplingParams
 
         self._tokenizer = fused.tokenizer
-        self._decoder = open_decoder(fused, 1) if decoder is None else decoder
+        self._decoder = open_decoder(fused, 1, speculate=True) if decoder is None else decoder
         self._encoder = fused.model.conversation_encoder(fused.tokenizer)
         self._names = list(fused.model.specialist_names)
         self._colours = specialist_colours(len(self._names))

@@ -13,7 +13,7 @@ from ultrafuser.cli.opening import JsonOption, status_line
 RECIPE = "package://ultrafuser/demo/recipe.yaml"
 _WELCOME = (
     "Three language models of 135M parameters, good at text, at code and at mathematics, run side by side. "
-    "A small gate, trained now on a few hundred conversations, decides for every token how much each counts."
+    "A small gate, trained now on 150 conversations, decides for every token how much each counts."
 )
 
 
@@ -61,8 +61,8 @@ def demo(
 
     def start(trained: TrainedModel) -> None:
         opening.close()
-        heldout.check(trained)
         show_data(console, trained)
+        heldout.check(trained, console)
 
     with ExitStack() as stack:
         folder = output
@@ -78,6 +78,6 @@ def demo(
         write_results(folder, json_file, {**measured.metrics(), **stage_metrics(trained)}, settings, recipe)
         if output is not None:
             note = f"The fused model is in {output}. Talk to it again: ultrafuser chat {output}"
-            console.print(note, soft_wrap=True)
+            console.print(note, soft_wrap=True, markup=False)
         if chat:
             Chat(trained.fused).run()

@@ -41,7 +41,7 @@ def export(
 
     self-contained: gate, specialists and tokenizer in one folder.
 
-    gate-only: the gate (about a megabyte) and where the specialists come from.
+    gate-only: the gate (a megabyte or a few) and where the specialists come from.
 
     whole: self-contained, with adapters merged into whole specialists.
 

@@ -19,6 +19,7 @@ from ultrafuser.cli.opening import (
     SpeculateOption,
     open_decoder,
     open_model,
+    whether_to_speculate,
 )
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.errors import TemplateError, UltrafuserError
@@ -99,7 +100,7 @@ def generate(
     ] = None,
     seed: SeedOption = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts answered together.")] = 8,
-    speculate: SpeculateOption = True,
+    speculate: SpeculateOption = None,
     draft_model: DraftModelOption = None,
     system: SystemOption = None,
     weights: Annotated[
@@ -119,6 +120,7 @@ def generate(
     """
     from ultrafuser.decoding.sampling import SamplingParams
 
+    speculates = whether_to_speculate(speculate, draft_model, temperature)
     prompts = _prompts(prompt, input_file, system)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -132,7 +134,7 @@ def generate(
     )
     fused = open_model(model, dtype, device)
     requests = _requests(fused, prompts, params)
-    decoder = open_decoder(fused, batch_size, speculate, draft_model)
+    decoder = open_decoder(fused, batch_size, speculates, draft_model)
     started = time.perf_counter()
     rows = _answer_all(fused, decoder, prompts, requests, weights)
     seconds = time.perf_counter() - started

@@ -38,10 +38,12 @@ DeviceOption = Annotated[
     ),
 ]
 SpeculateOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--speculate/--no-speculate",
-        help="Draft several tokens at once where that is faster; exact either way.",
+        help="Draft several tokens at once where that is faster. Greedy responses stay the same; sampled ones keep "
+        "their distribution, but a seed no longer decides them.",
+        show_default="speculate, but not with a temperature",
     ),
 ]
 DraftModelOption = Annotated[
@@ -89,8 +91,26 @@ def open_model(model: str, dtype: Dtype | None, device: str | None) -> "FusedMod
         return FusedModel(fused.model.to(target), fused.tokenizer)
 
 
+def whether_to_speculate(speculate: bool | None, draft_model: str | None, temperature: float) -> bool:
+    """What a command's options say about drafts; a seed is to decide a sampled response unless they say otherwise.
+
+    Args:
+        speculate: `--speculate`, `--no-speculate` or neither.
+        draft_model: `--draft-model`.
+        temperature: of the responses.
+
+    Raises:
+        UltrafuserError: a draft model where nothing is to be drafted.
+    """
+    if draft_model is not None and speculate is False:
+        raise UltrafuserError(
+            "--draft-model drafts, and --no-speculate forbids drafts. Leave one of them out."
+        )
+    return draft_model is not None or (temperature == 0 if speculate is None else speculate)
+
+
 def open_decoder(
-    fused: "FusedModel", max_batch: int, speculate: bool = True, draft_model: str | None = None
+    fused: "FusedModel", max_batch: int, speculate: bool, draft_model: str | None = None
 ) -> "FusedDecoder":
     """The decoding engine as a command's options ask for it.
 
@@ -101,8 +121,7 @@ def open_decoder(
         draft_model: source of a plain model that drafts instead of the engine's own choice.
 
     Raises:
-        UltrafuserError: a draft model where nothing is to be drafted, one that cannot be opened, or one of another
-            vocabulary.
+        UltrafuserError: a draft model that cannot be opened, or one of another vocabulary.
     """
     from ultrafuser.decoding.engine import FusedDecoder
     from ultrafuser.decoding.speculation import SpeculationParams
@@ -110,13 +129,8 @@ def open_decoder(
     from ultrafuser.modeling.templates import vocabulary_difference
 
     if draft_model is None:
-        return FusedDecoder(
-            *fused, max_batch=max_batch, speculation=SpeculationParams() if speculate else None
-        )
-    if not speculate:
-        raise UltrafuserError(
-            "--draft-model drafts, and --no-speculate forbids drafts. Leave one of them out."
-        )
+        speculation = SpeculationParams() if speculate else None
+        return FusedDecoder(*fused, max_batch=max_batch, speculation=speculation)
     with status_line(f"Opening {draft_model}"):
         tokenizer = load_tokenizer(draft_model)
         difference = None if tokenizer is None else vocabulary_difference(fused.tokenizer, tokenizer)

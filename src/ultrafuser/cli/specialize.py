@@ -56,8 +56,8 @@ def specialize(
 
     def start(trained: "TrainedModel") -> None:
         opening.close()
-        heldout.check(trained)
         show_data(console, trained)
+        heldout.check(trained, console)
         measured["before"] = heldout.measure(trained)
 
     with opening:
@@ -72,7 +72,7 @@ def specialize(
     }
     write_results(output, json_file, {**metrics, **stage_metrics(trained)}, settings, recipe)
     finished = output / ("adapter" if settings.train == "lora" else "model")
-    console.print(f"The specialist is in {finished}.", soft_wrap=True)
+    console.print(f"The specialist is in {finished}.", soft_wrap=True, markup=False)
 
 
 def _table(losses: dict[str, dict[str, float]]) -> Table:

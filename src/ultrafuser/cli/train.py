@@ -10,13 +10,13 @@ from rich.console import Console
 
 from ultrafuser.cli.opening import JsonOption, status_line
 from ultrafuser.cli.report import provenance, write_metrics
-from ultrafuser.errors import DataError, TemplateError
 from ultrafuser.progress import ProgressBar
 
 if TYPE_CHECKING:
     from ultrafuser.analysis.traces import Measurement
     from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
     from ultrafuser.training.run import TrainedModel
+    from ultrafuser.training.stages import EncodedData
 
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with the run that stopped in the output folder.")
@@ -46,7 +46,7 @@ def train(
     self-contained one. Where the recipe names held-out data, the loss of every specialist, of their uniform
     average and of the fused model is printed after each stage. Metrics are also written to DIR/metrics.json.
 
-    Several processes (torchrun) share the work of a step; the result is the same.
+    Several processes (torchrun) share the work of a step; but for dropout, the result is the same.
 
     Example: ultrafuser train recipe.yaml -o fused
     """
@@ -61,8 +61,8 @@ def train(
 
     def start(trained: "TrainedModel") -> None:
         opening.close()
-        heldout.check(trained)
         show_data(console, trained)
+        heldout.check(trained, console)
 
     def report(name: str, trained: "TrainedModel") -> None:
         if name == "stage1":
@@ -85,7 +85,9 @@ def train(
         )
     metrics.update(stage_metrics(trained))
     write_results(output, json_file, metrics, settings, recipe)
-    console.print(f"The fused model is in {output}. Talk to it: ultrafuser chat {output}", soft_wrap=True)
+    console.print(
+        f"The fused model is in {output}. Talk to it: ultrafuser chat {output}", soft_wrap=True, markup=False
+    )
 
 
 class HeldOut:
@@ -102,29 +104,29 @@ class HeldOut:
         from ultrafuser.training.data import load_domain_conversations
 
         files = settings.heldout_files
-        self._rows = load_domain_conversations(files, settings.heldout_rows)
-        self._refuses_long = settings.too_long == "error"
+        self._rows = load_domain_conversations(files, settings.heldout_rows, "heldout")
+        self._too_long = settings.too_long
 
-    def check(self, trained: "TrainedModel") -> None:
-        """Leave out conversations of which a specialist reads not one response token.
+    def check(self, trained: "TrainedModel", console: Console) -> None:
+        """Treat long conversations as the recipe treats long ones of the training data, and say so.
+
+        Args:
+            trained: what is going to be trained.
+            console: where to print what was cut or left out.
 
         Raises:
-            DataError: nothing is left of a domain, or a conversation is too long and the recipe refuses that.
+            TemplateError: a conversation cannot be read, or is too long and the recipe refuses that.
+            DataError: nothing is left of a domain.
         """
-        from ultrafuser.training.stages import shortened
+        from ultrafuser.training.stages import encode_data
 
-        for domain, rows in self._rows.items():
-            for number, row in enumerate(rows, start=1):
-                try:
-                    trained.encoder.encode(row, too_long="error" if self._refuses_long else "truncate")
-                except TemplateError as error:
-                    if self._refuses_long:
-                        raise DataError(f"heldout.{domain}, conversation {number}: {error}") from error
-            self._rows[domain] = [row for row in rows if shortened(trained.encoder, row) is not None]
-            if not self._rows[domain]:
-                raise DataError(
-                    f"heldout.{domain}: no conversation is short enough for max_length. Raise max_length."
-                )
+        data = encode_data(trained.encoder, self._rows, self._too_long, "heldout")
+        self._rows = {
+            domain: [rows[place] for place in data.kept[domain]] for domain, rows in self._rows.items()
+        }
+        for domain in data.domain_sizes:
+            if domain in data.truncated or domain in data.dropped:
+                _show_domain(console, "held-out ", domain, data)
 
     def measure(self, trained: "TrainedModel") -> "Measurement | None":
         """Losses and gate weights; None when the recipe names no held-out data.
@@ -156,12 +158,16 @@ def training_console() -> Console:
 
 def show_data(console: Console, trained: "TrainedModel") -> None:
     """Print what is trained on, a line per domain, and what had to be cut or left out."""
-    data = trained.data
-    for domain, number in data.domain_sizes.items():
-        cut, dropped = data.truncated.get(domain, 0), data.dropped.get(domain, 0)
-        notes = [f"{cut:,} of them cut to max_length"] if cut else []
-        notes += [f"{dropped:,} more left out as too long"] if dropped else []
-        console.print(f"{domain}: {number:,} conversations", *notes, sep=", ", markup=False, highlight=False)
+    for domain in trained.data.domain_sizes:
+        _show_domain(console, "", domain, trained.data)
+
+
+def _show_domain(console: Console, prefix: str, domain: str, data: "EncodedData") -> None:
+    cut, dropped = data.truncated.get(domain, 0), data.dropped.get(domain, 0)
+    notes = [f"{cut:,} of them cut to max_length"] if cut else []
+    notes += [f"{dropped:,} more left out as too long"] if dropped else []
+    counted = f"{prefix}{domain}: {data.domain_sizes[domain]:,} conversations"
+    console.print(counted, *notes, sep=", ", markup=False, highlight=False)
 
 
 def show(console: Console, measured: "Measurement", title: str) -> None:

@@ -6,6 +6,7 @@ few and large operations; `ModuleBackbone` runs Hugging Face's modules, for ever
 """
 
 import copy
+import functools
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -135,9 +136,9 @@ class SlotCache:
         return grown
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot over another slot's."""
+        """Copy the first `length` positions of a slot over another slot's; a slot without any may not exist yet."""
         for tensor in self._tensors:
-            if tensor is not None:
+            if tensor is not None and length > 0:
                 tensor[target, :, :, :length] = tensor[source, :, :, :length]
 
     @property
@@ -265,7 +266,14 @@ class LlamaBackbone(Backbone):
         self.rows_per_slot = rows_per_slot
         self._first_row = 0
         self._decoder = decoder
-        self._dtype = working_dtype(decoder.layers[0].mlp.down_proj.weight)
+        weights = [
+            projection.weight
+            for layer in decoder.layers
+            for part in (layer.self_attn, layer.mlp)
+            for projection in part.children()
+            if hasattr(projection, "weight")
+        ]
+        self._dtype = functools.reduce(torch.promote_types, map(working_dtype, weights))
         self.device = decoder.norm.weight.device
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_size = getattr(config, "head_dim", None) or config.hidden_size // self._heads
@@ -329,6 +337,10 @@ class LlamaBackbone(Backbone):
 
     def _attend(self, turned: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
         queries = turned[..., : self._heads, :].flatten(0, 1).transpose(1, 2)
+        if plan.mask is not None and queries.is_cuda and self._heads > self._kv_heads:
+            # With a mask, CUDA's fast kernels take no groups, and the slow one would repeat them in every operation.
+            repeats = self._heads // self._kv_heads
+            keys, values = (part.repeat_interleave(repeats, dim=1) for part in (keys, values))
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=True
         )
@@ -386,10 +398,16 @@ class ModuleBackbone(Backbone):
         rows_per_slot: N for folded adapters, 1 for a whole specialist.
 
     Raises:
-        UltrafuserError: layers of another kind, such as recurrent ones.
+        UltrafuserError: layers of another kind, such as recurrent ones, or an attention that takes no such mask.
     """
 
     def __init__(self, model: PreTrainedModel, rows_per_slot: int) -> None:
+        attention = model.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise UltrafuserError(
+                f"attn_implementation must be sdpa or eager for the decoding engine to run {type(model).__name__}, got "
+                f"{attention!r}, which takes no mask of single positions. Open the model with one of them."
+            )
         self._kinds = _attention_kinds(model)
         if unknown := self._kinds - {_FULL, _SLIDING}:
             raise UltrafuserError(
@@ -415,7 +433,7 @@ class ModuleBackbone(Backbone):
         masks = {_FULL: keys <= positions}
         if self._window is not None:
             masks[_SLIDING] = masks[_FULL] & (keys > positions - self._window)
-        # Added to the scores, not boolean: every attention of transformers can take that.
+        # Added to the scores, not boolean: eager attention takes nothing else.
         lowest = torch.finfo(self._dtype).min
         zeros = torch.zeros((), dtype=self._dtype, device=self.device)
         masks = {k: torch.where(_fold(masks[k]).unsqueeze(1), zeros, lowest) for k in self._kinds}

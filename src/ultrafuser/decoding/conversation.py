@@ -81,7 +81,7 @@ class DecodingStats:
     Attributes:
         steps: that read a token or a draft of every conversation in a slot.
         tokens: that were said, prompts' first ones included.
-        passes: of one model over its slots, since the prompts: a step of whole specialists makes several.
+        passes: of one model over its slots, the reading of prompts left out: a step of whole specialists makes several.
         draft_passes: of a model that drafts.
         drafted: tokens that were drafted.
         accepted: of them.

@@ -181,22 +181,32 @@ def open_drafter(
         The drafter, None for look-ups alone; and what it is ("int8" for a given model, too).
 
     Raises:
-        UltrafuserError: it cannot be had, or the draft model has a smaller vocabulary.
+        UltrafuserError: it cannot be had, or the draft model has a smaller vocabulary or is elsewhere.
     """
     end = model.config.end_token_id
     own = model.bank.heads()
     if draft_model is not None:
+        if params.drafter != "auto":
+            raise UltrafuserError(
+                f'speculation: drafter "{params.drafter}" and draft_model name two that draft. Give one of them.'
+            )
+        if draft_model.device != model.device:
+            raise UltrafuserError(
+                f"draft_model is on {draft_model.device}, the fused model on {model.device}. Move one to the other."
+            )
         return _given(draft_model, own[0].weight.shape[0], end, params), "int8"
     per_specialist = own if len(own) > 1 else own * model.num_specialists
     folded = len(backbones) < model.num_specialists
     # A copy of 16-bit weights is read hardly faster than they are (`docs/log.md`).
     worthwhile = own[0].weight.dtype == torch.float32
     if params.drafter == "int8" or (params.drafter == "auto" and worthwhile):
-        copies = [
-            backbones[0 if folded else j].quantized(j if folded else 0) for j in range(model.num_specialists)
-        ]
-        drafting = [copy for copy in copies if copy is not None]
-        if len(drafting) == len(copies):
+        drafting: list[Backbone] = []
+        for j in range(model.num_specialists):
+            copy = backbones[0 if folded else j].quantized(j if folded else 0)
+            if copy is None:
+                break  # some without a copy would wait for those with one
+            drafting.append(copy)
+        if len(drafting) == model.num_specialists:
             products = [_logits_product(QuantizedLinear(head.weight), head) for head in own]
             shared = products if len(products) > 1 else products * model.num_specialists
             return Drafter(drafting, shared, end, params), "int8"
@@ -273,6 +283,5 @@ def _drawn(conversation: Conversation, draft: Draft, logits: Tensor) -> tuple[in
     sampler = conversation.sampler
     if sampler.takes_likeliest:
         return int(logits.argmax()), None
-    # As many rows as the sampler expects for the tokens drafted before; only the last one is used.
-    row = sampler.probabilities(logits.expand(len(draft.tokens) + 1, -1), draft.tokens)[-1]
+    row = sampler.probabilities(logits.unsqueeze(0), draft.tokens)[0]
     return (int(row.argmax()), None) if sampler.params.greedy else (sampler.draw(row), row)

@@ -34,7 +34,7 @@ from ultrafuser.errors import ConversationTooLongError, UltrafuserError
 from ultrafuser.fusion.mix import scale_hidden_states
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 
-FinishReason = Literal["end", "length", "stop", "cancelled"]
+FinishReason = Literal["end", "length", "stop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +73,25 @@ class FusedDecoder:
 
     The model's weights are used as they are when the decoder is made; make another after training.
 
+    Requests are handed in and driven by `submit` and `step`, or by `stream` and `respond`, which do both and may be
+    used by several at once, in turns; tokens of requests that were submitted by hand are then nobody's.
+
     Args:
         model: in evaluation mode.
         tokenizer: that the specialists share.
         max_batch: conversations that have a slot at the same time; others wait.
         speculation: who drafts, and how far ahead; None decodes one token a step. Greedy responses are the same with
-            and without; sampled ones have the same distribution, but are other samples.
+            and without, where the arithmetic tells apart tokens that are nearly equally likely: in float32 as good as
+            always, in 16 bits with few exceptions. Sampled ones have the same distribution, but which samples they are
+            depends on how much was drafted when, and so on the time that it took.
         draft_model: a small model of the same vocabulary that drafts instead; it reads the first specialist's prompts.
 
     Attributes:
         stats: what was done so far.
 
     Raises:
-        UltrafuserError: max_batch below 1, an architecture that cannot be decoded this way, a drafter that cannot be
-            had here, or a draft model of a smaller vocabulary.
+        UltrafuserError: max_batch below 1, a model in training mode, an architecture that cannot be decoded this way, a
+            drafter that cannot be had here, or a draft model of a smaller vocabulary or on another device.
     """
 
     def __init__(
@@ -100,6 +105,10 @@ class FusedDecoder:
     ) -> None:
         if max_batch < 1:
             raise UltrafuserError(f"max_batch must be at least 1, got {max_batch}.")
+        if model.training:
+            raise UltrafuserError(
+                "the model is in training mode, in which it leaves out at random. Call model.eval()."
+            )
         self._model, self._tokenizer, self._max_batch = model, tokenizer, max_batch
         self._heads = model.bank.heads()
         _, weights = scale_hidden_states(
@@ -112,6 +121,9 @@ class FusedDecoder:
         self._waiting: deque[Conversation] = deque()
         self._active: list[Conversation] = []  # its place is its slot
         self._ids = itertools.count()
+        self._queues: dict[
+            int, deque[TokenStep]
+        ] = {}  # of requests that `stream` and `respond` have handed in
         self.stats = DecodingStats()
         self._num = model.num_specialists
         self._folded = self._backbones[0].rows_per_slot == self._num
@@ -149,9 +161,18 @@ class FusedDecoder:
             The id under which `step` reports its tokens.
 
         Raises:
-            UltrafuserError: another number of prompts than N, an empty one, or no such specialist.
+            UltrafuserError: another number of prompts than N, an empty one, an id that is no token, or no such
+                specialist.
             ConversationTooLongError: a prompt and max_new_tokens are more than its specialist can read.
         """
+        conversation = self._conversation(prompts, params, only)
+        if params.max_new_tokens > 0:
+            self._waiting.append(conversation)
+        return conversation.request_id
+
+    def _conversation(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None
+    ) -> Conversation:
         model = self._model
         if len(prompts) != model.num_specialists or not all(prompts):
             raise UltrafuserError(
@@ -164,27 +185,29 @@ class FusedDecoder:
             )
         limits = model.bank.context_lengths
         for name, prompt, limit in zip(model.specialist_names, prompts, limits, strict=True):
+            if not 0 <= min(prompt) <= max(prompt) < model.bank.vocab_size:
+                raise UltrafuserError(
+                    f"the prompt for specialist {name} must hold token ids from 0 to {model.bank.vocab_size - 1}, got "
+                    f"{min(prompt)} to {max(prompt)}. Encode it with the model's own tokenizer."
+                )
             if limit is not None and len(prompt) + params.max_new_tokens > limit:
                 raise ConversationTooLongError(
                     f"specialist {name} reads at most {limit} tokens, but the prompt has {len(prompt)} and "
                     f"max_new_tokens is {params.max_new_tokens}. Shorten the conversation or lower max_new_tokens."
                 )
-        request_id = next(self._ids)
-        conversation = Conversation(
-            request_id,
+        return Conversation(
+            next(self._ids),
             [list(prompt) for prompt in prompts],
             Sampler(params, prompts[0]),
             StoppedText(self._tokenizer, params.stop),
             None if only is None else model.specialist_names.index(only),
-            Lookup(prompts[0], self._params),
+            Lookup(prompts[0] if self._speculates else (), self._params),
         )
-        if params.max_new_tokens > 0:
-            self._waiting.append(conversation)
-        return request_id
 
     @torch.inference_mode()
     def cancel(self, request_id: int) -> None:
         """Forget a request; nothing if it is done."""
+        self._queues.pop(request_id, None)
         self._waiting = deque(c for c in self._waiting if c.request_id != request_id)
         for conversation in self._active:
             if conversation.request_id == request_id:
@@ -195,6 +218,9 @@ class FusedDecoder:
     def step(self) -> list[tuple[int, TokenStep]]:
         """Give every conversation in a slot its next token, after letting waiting ones into free slots.
 
+        If it fails (for want of memory, say), the conversations in slots are forgotten, since what their caches hold is
+        not known; those that wait go on waiting.
+
         Returns:
             (request id, token) in the order of the responses; empty when there is nothing to do.
         """
@@ -202,18 +228,21 @@ class FusedDecoder:
         while self._waiting and len(self._active) < self._max_batch:
             self._active.append(self._waiting.popleft())
         chosen: list[_Chosen] = []
-        if known:
-            chosen += self._advance(known)
-        if len(known) < len(self._active):
-            chosen += self._read_prompts(len(known))
+        try:
+            if known:
+                chosen += self._advance(known)
+            if len(known) < len(self._active):
+                chosen += self._read_prompts(len(known))
+        except BaseException:
+            self._active.clear()
+            raise
         return [emitted for found in chosen for emitted in self._say(found)]
 
     def stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
     ) -> Iterator[TokenStep]:
         """One response, token by token; see `submit`. Leaving the iterator early cancels it."""
-        request_id = self.submit(prompts, params, only)
-        return self._stream(request_id, params.max_new_tokens > 0)
+        return self._stream(self._conversation(prompts, params, only))
 
     def respond(
         self, requests: Iterable[tuple[Sequence[Sequence[int]], SamplingParams]]
@@ -230,34 +259,55 @@ class FusedDecoder:
         responses: dict[int, tuple[int, list[TokenStep]]] = {}
         try:
             while True:
-                while len(self._waiting) + len(self._active) < self._max_batch:
+                while len(responses) < self._max_batch:
                     index, request = next(source, (None, None))
                     if index is None or request is None:
                         break
-                    request_id = self.submit(*request)
                     if request[1].max_new_tokens == 0:
+                        self._conversation(*request, None)  # refused like any other
                         yield index, []
                         continue
-                    responses[request_id] = (index, [])
+                    responses[self._hand_in(self._conversation(*request, None))] = (index, [])
                 if not responses:
                     return
-                for request_id, token in self.step():
-                    responses[request_id][1].append(token)
-                    if token.finish is not None:
-                        yield responses.pop(request_id)
+                self._step_for_queues()
+                for request_id, (index, tokens) in list(responses.items()):
+                    queue = self._queues[request_id]
+                    tokens += queue
+                    queue.clear()
+                    if tokens and tokens[-1].finish is not None:
+                        del responses[request_id], self._queues[request_id]
+                        yield index, tokens
         finally:
             for request_id in responses:
                 self.cancel(request_id)
 
-    def _stream(self, request_id: int, wanted: bool) -> Iterator[TokenStep]:
+    def _stream(self, conversation: Conversation) -> Iterator[TokenStep]:
+        if conversation.params.max_new_tokens == 0:
+            return
+        request_id = self._hand_in(conversation)  # now, not before the first token is asked for
+        queue = self._queues[request_id]
         try:
-            while wanted:
-                for owner, token in self.step():
-                    if owner == request_id:
-                        yield token
-                        wanted = token.finish is None
+            while True:
+                while not queue:
+                    self._step_for_queues()
+                token = queue.popleft()
+                yield token
+                if token.finish is not None:
+                    return
         finally:
             self.cancel(request_id)
+
+    def _hand_in(self, conversation: Conversation) -> int:
+        """Let a conversation wait for a slot, and its tokens for `stream` or `respond`."""
+        self._waiting.append(conversation)
+        self._queues[conversation.request_id] = deque()
+        return conversation.request_id
+
+    def _step_for_queues(self) -> None:
+        for request_id, token in self.step():
+            if request_id in self._queues:
+                self._queues[request_id].append(token)
 
     def _read_prompts(self, first: int) -> list[_Chosen]:
         """Read the prompts of the conversations from slot `first` on, and choose their first tokens."""
@@ -266,6 +316,7 @@ class FusedDecoder:
         ids = pad_sequence(rows, batch_first=True).view(len(newcomers), self._model.num_specialists, -1)
         lengths = torch.tensor([[len(prompt) for prompt in c.prompts] for c in newcomers])
         states = self._read(ids, Slots(range(first, len(self._active))), torch.zeros_like(lengths))
+        self.stats.passes -= len(self._backbones)  # those of prompts are not counted
         for conversation, read in zip(newcomers, lengths.tolist(), strict=True):
             conversation.read = read
         places = torch.arange(len(newcomers))
@@ -444,12 +495,13 @@ def _standing(
 ) -> tuple[int, list[int]]:
     """How many drafted tokens the fused model accepts, and its own token behind them, if there is one."""
     sampler = conversation.sampler
+    between = draft.tokens[: len(logits) - 1]
     if sampler.params.greedy:
         if not sampler.takes_likeliest:
-            likeliest = sampler.greedy_tokens(logits, draft.tokens).tolist()
+            likeliest = sampler.greedy_tokens(logits, between).tolist()
         num_accepted, following = accept_greedy(draft.tokens, likeliest)
     else:
-        probabilities = sampler.probabilities(logits, draft.tokens)
+        probabilities = sampler.probabilities(logits, between)
         num_accepted, following = accept(
             draft.tokens,
             torch.stack(draft.distributions) if draft.distributions else None,

@@ -34,7 +34,8 @@ class SamplingParams:
         min_p: leave out tokens less likely than this share of the likeliest one's probability; 0 leaves out none.
         repetition_penalty: divides (or, below zero, multiplies) the logits of tokens that the first specialist's prompt
             or the response already holds; 1 changes nothing. Greedy decoding heeds it, too.
-        seed: of the draws: the same seed gives the same response.
+        seed: of the draws: the same seed gives the same response, unless the engine speculates, which uses up as many
+            random numbers as it drafts tokens.
         stop: texts that end the response when they appear in it; they and what follows are not part of it.
         logprobs: None, or the number of likeliest alternatives whose log-probabilities come with every token (0: only
             the token's own). They are the fused model's own, before any setting here.
@@ -56,7 +57,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 0, "at least 0"),
-            "temperature": (0 <= self.temperature < float("inf"), "at least 0 and finite"),
+            "temperature": (
+                self.temperature == 0 or 1e-5 <= self.temperature < float("inf"),
+                "0, or at least 1e-5 and finite",
+            ),
             "top_p": (0 <= self.top_p <= 1, "within 0 to 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "min_p": (0 <= self.min_p <= 1, "within 0 to 1"),
@@ -101,8 +105,8 @@ class Sampler:
         """The distributions that the next tokens are drawn from.
 
         Args:
-            logits: float, (T, V): fused logits of the next token, and of those after each of the drafted tokens.
-            drafted: T - 1 tokens that are supposed to be said in between.
+            logits: float, (T, V): logits of the next tokens. The last row is that of the token behind all drafted ones.
+            drafted: at least T - 1 tokens that are supposed to be said before that.
 
         Returns:
             float32, (T, V), on the device of the logits; one-hot when decoding greedily.
@@ -131,7 +135,7 @@ class Sampler:
     def draw(self, probabilities: Tensor) -> int:
         """One token from a distribution, float32, (V,), which need not be normalised."""
         # By the inverse of the distribution function: one number a token, whatever the device and batch.
-        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        cumulative = probabilities.cpu().cumsum(-1, dtype=torch.float64)  # some devices lack this type
         point = self.uniform() * float(cumulative[-1])
         index = int(torch.searchsorted(cumulative, point, right=True))
         return min(index, int(probabilities.nonzero()[-1]))
@@ -147,10 +151,11 @@ class Sampler:
 
     def _penalised(self, scores: Tensor, drafted: Sequence[int]) -> Tensor:
         assert self._penalty is not None
+        said = torch.tensor([[*self._said, *drafted]], device=scores.device)
         rows = []
-        for index, row in enumerate(scores):
-            said = torch.tensor([[*self._said, *drafted[:index]]], device=scores.device)
-            rows.append(self._penalty(said, row.unsqueeze(0)) if said.numel() else row.unsqueeze(0))
+        for index, row in enumerate(scores, start=1 - len(scores)):
+            before = said[:, : said.shape[1] + index]
+            rows.append(self._penalty(before, row.unsqueeze(0)) if before.numel() else row.unsqueeze(0))
         return torch.cat(rows)
 
 

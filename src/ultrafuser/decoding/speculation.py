@@ -25,10 +25,11 @@ class SpeculationParams:
     """Who drafts tokens, and how far ahead.
 
     Attributes:
-        drafter: "int8": the specialist that the gate favoured last, in a copy with 8-bit weights (x86 CPUs; it takes a
-            byte more a weight). "specialist": that specialist itself, whose states are then used again (whole
-            specialists). "lookup": nobody, drafts are what the context went on with before. "auto": "int8" for float32
-            weights where it can be had, else "specialist" for whole specialists and "lookup" for adapters.
+        drafter: "int8": the specialist that the gate favoured last, in a copy with 8-bit weights (x86 CPUs; the copies
+            take a byte more for every weight of every specialist, those of the base once for each adapter).
+            "specialist": that specialist itself, whose states are then used again (whole specialists). "lookup":
+            nobody, drafts are what the context went on with before. "auto": "int8" for float32 weights where it can
+            be had, else "specialist" for whole specialists and "lookup" for adapters.
         max_draft: tokens drafted at once, at most.
         max_match: tokens at the end of the context, at most, whose earlier occurrence a look-up follows.
         min_match: tokens of it, at least.

@@ -66,7 +66,7 @@ def export(
         if form == "adapter":
             export_adapter(fused.model, str(name), target, dtype)
         elif form == "specialist":
-            _export_whole_specialist(fused, str(name), target)
+            export_specialist_with_tokenizer(fused, str(name), target)
         else:
             save_fused(as_whole(fused) if form == "whole" else fused, target, gate_only=form == "gate-only")
 
@@ -164,16 +164,28 @@ def export_adapter(
         save_file(tensors, scratch / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _export_whole_specialist(fused: FusedModel, name: str, folder: Path) -> None:
-    export_specialist(fused.model, name, folder)
+def export_specialist_with_tokenizer(fused: FusedModel, name: str, folder: str | os.PathLike[str]) -> None:
+    """Write one specialist as a plain model beside a tokenizer that has the specialist's own chat template.
+
+    Args:
+        fused: model and tokenizer.
+        name: of the specialist.
+        folder: where the model folder has to be; both are there, or neither is.
+
+    Raises:
+        UltrafuserError: there is no specialist of that name.
+    """
+    _require_member(fused.model, name)
     member = next(member for member in fused.model.config.members if member.name == name)
     tokenizer = fused.tokenizer
     own_template = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = own_template if member.template is None else member.template
-        tokenizer.save_pretrained(folder)
-    finally:
-        tokenizer.chat_template = own_template
+    with atomic_write(folder) as scratch:
+        export_specialist(fused.model, name, scratch)
+        try:
+            tokenizer.chat_template = own_template if member.template is None else member.template
+            tokenizer.save_pretrained(scratch)
+        finally:
+            tokenizer.chat_template = own_template
 
 
 def _require_member(model: UltraFuserForCausalLM, name: str) -> None:

@@ -6,6 +6,7 @@ read the same input (q/k/v, gate/up) are joined into one wider layer: on a decod
 of small operations and of bytes read, that is what keeps N adapters near the cost of one model.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -438,7 +439,8 @@ def _stack(adapters: Sequence[Adapter], path: str, linear: nn.Linear) -> tuple[T
     downs = [adapter.weights.get(f"{path}.lora_A.weight") for adapter in adapters]
     ups = [adapter.weights.get(f"{path}.lora_B.weight") for adapter in adapters]
     rank = max((down.shape[0] for down in downs if down is not None), default=1)
-    dtype = next((down.dtype for down in downs if down is not None), linear.weight.dtype)
+    dtypes = [tensor.dtype for tensor in (*downs, *ups) if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else linear.weight.dtype
     device = linear.weight.device
     stacked_down = torch.zeros(len(adapters), rank, linear.in_features, dtype=dtype, device=device)
     stacked_up = torch.zeros(len(adapters), linear.out_features, rank, dtype=dtype, device=device)

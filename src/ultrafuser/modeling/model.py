@@ -353,7 +353,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory: the folder; files of the same names are replaced.
-            gate_only: write only the gate and where the specialists come from (about a megabyte).
+            gate_only: write only the gate and where the specialists come from (a megabyte or a few).
             **kwargs: `max_shard_size` ("5GB") is read; `push_to_hub` and the rest are refused.
 
         Raises:

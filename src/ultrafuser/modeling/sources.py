@@ -277,6 +277,11 @@ def _converted_gguf(path: Path) -> Path:
         raise UltrafuserError(
             f"{path.name} needs the 'gguf' package to be opened: pip install 'ultrafuser[demo]'."
         )
+    with torch.random.fork_rng():  # a first use must not change what a seed gives afterwards
+        return _convert_gguf(path, target)
+
+
+def _convert_gguf(path: Path, target: Path) -> Path:
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # A model that came from GGUF refuses save_pretrained, so its weights move into a fresh one.

@@ -88,13 +88,14 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def load_domain_conversations(
-    files: Mapping[str, Sequence[str | Path]], rows: int | None = None
+    files: Mapping[str, Sequence[str | Path]], rows: int | None = None, section: str = "data"
 ) -> dict[str, list[Messages]]:
     """Read every domain's files.
 
     Args:
         files: Domain name to its files, in a form `read_conversations` reads.
         rows: Keep the first so many conversations of every file; all when None.
+        section: Of the recipe that names the files, for messages.
 
     Returns:
         Domain name to its conversations, files in the order given.
@@ -105,7 +106,7 @@ def load_domain_conversations(
     for domain, paths in files.items():
         if not paths:
             raise DataError(
-                f"data.{domain} must name at least one file, got none. Add one or remove the domain."
+                f"{section}.{domain} must name at least one file, got none. Add one or remove the domain."
             )
     return {
         domain: [messages for path in paths for messages in read_conversations(path)[:rows]]

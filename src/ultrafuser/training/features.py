@@ -148,8 +148,9 @@ def _by_length(conversations: Sequence[EncodedConversation], rows: Sequence[int]
 
 
 def _fingerprint(model: UltraFuserForCausalLM, conversations: Sequence[EncodedConversation]) -> str:
-    """A digest of what the states depend on, and of how they are laid out."""
-    inputs = {**describe_specialists(model), **describe_tokens(conversations), "rows": _ROWS_PER_FILE}
+    """A digest of what the states depend on, and of how they are laid out: by the specialists' order, too."""
+    layout = {"order": list(model.specialist_names), "rows": _ROWS_PER_FILE}
+    inputs = {**describe_specialists(model), **describe_tokens(conversations), **layout}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 

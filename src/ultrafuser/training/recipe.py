@@ -105,6 +105,8 @@ class StageSettings(_Section):
                 f"examples_per_pass ({self.examples_per_pass}) must divide examples_per_domain "
                 f"({self.examples_per_domain})"
             )
+        if self.warmup_steps > self.steps > 0:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be at most steps ({self.steps})")
         return self
 
 
@@ -146,13 +148,21 @@ class Stage2(TuningSettings):
         description="full: every weight of whole specialists. lora: the adapters of an adapter bank, or new "
         "ones on whole specialists, merged at the end",
     )
-    lora: LoraSettings = Field(default_factory=LoraSettings, description="new adapters on whole specialists")
+    lora: LoraSettings | None = Field(
+        default=None, description="new adapters on whole specialists; its defaults if unset"
+    )
     gate_learning_rate: float | None = Field(
         default=None, gt=0, description="the gate's own rate; learning_rate if unset"
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, more time"
     )
+
+    @model_validator(mode="after")
+    def _has_adapters(self) -> Self:
+        if self.lora is not None and self.train == "full":
+            raise ValueError("lora has no say in train: full. Set train: lora, or leave lora out")
+        return self
 
 
 class _RunSettings(_Section):
@@ -223,7 +233,7 @@ class SpecializeRecipe(_RunSettings):
     )
     end_token: str | None = None
     train: Literal["lora", "full"] = "lora"
-    lora: LoraSettings = Field(default_factory=LoraSettings)
+    lora: LoraSettings | None = Field(default=None, description="of a fresh adapter; its defaults if unset")
     start_share: float = Field(
         default=0.0,
         ge=0,
@@ -238,6 +248,11 @@ class SpecializeRecipe(_RunSettings):
     def _has_a_start(self) -> Self:
         if self.start_share > 0 and self.train == "lora" and self.adapter is None:
             raise ValueError("start_share needs an adapter to go on from: set adapter, or leave it out")
+        if self.lora is not None and (self.train == "full" or self.adapter is not None):
+            raise ValueError(
+                "lora shapes a fresh adapter, but the recipe names one to go on from, or says train: full. "
+                "Leave lora out"
+            )
         return self
 
 
@@ -340,7 +355,8 @@ def _resolved(recipe: R, folder: Path) -> R:
         if candidate.is_absolute():
             return str(candidate)
         local = folder / candidate
-        return str(local.resolve()) if must_exist or local.exists() else value
+        is_path = must_exist or value.startswith(("./", "../"))  # anything else may be a hub id
+        return str(local.resolve()) if is_path or local.exists() else value
 
     settings = recipe.model_dump()
     for section in ("data", "heldout"):

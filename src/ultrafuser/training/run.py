@@ -22,13 +22,13 @@ from ultrafuser.fusion.gate import Gate
 from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
 from ultrafuser.modeling.checkpoint import StoredGate, read_gate, save_fused
 from ultrafuser.modeling.configuration import BankKind, without_sources
-from ultrafuser.modeling.export import export_adapter, export_specialist
+from ultrafuser.modeling.export import export_adapter, export_specialist_with_tokenizer
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder
 from ultrafuser.training.data import Messages, load_domain_conversations
 from ultrafuser.training.inputs import describe_files, describe_specialists, describe_tokens
-from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
+from ultrafuser.training.recipe import FusionRecipe, LoraSettings, SpecializeRecipe
 from ultrafuser.training.stages import (
     EncodedData,
     StageResult,
@@ -40,6 +40,7 @@ from ultrafuser.training.stages import (
     run_stage1,
     run_stage2,
 )
+from ultrafuser.training.trainer import last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 INPUTS_FILE = "inputs.json"
@@ -89,11 +90,16 @@ def train(
         The model, in evaluation mode.
 
     Raises:
-        RecipeError: the folder holds another run, or one that began with other data or specialists; settings do
-            not fit together.
+        RecipeError: the folder holds another run, one that began with other data or specialists, or one that is past
+            stage 1 when that is all that is asked for; settings do not fit together.
         DataError: a domain is empty or a row malformed.
     """
     check_folder(folder, recipe, resume)
+    if only_stage1 and last_checkpoint(folder / CHECKPOINTS / "stage2") is not None:
+        raise RecipeError(
+            f"output folder {folder} holds a run that has begun stage 2, and --stage 1 would put the gate of stage 1 "
+            "in the place of its model. Leave --stage out, or choose another folder."
+        )
     files, conversations = _read_data(recipe, folder)
     torch.manual_seed(recipe.seed)  # the gate's start
     fused = fuse(
@@ -243,6 +249,7 @@ def _begin(
     on_start: Callable[[TrainedModel], None] | None,
 ) -> TrainedModel:
     """Encode the data, see that a resumed run goes on with what it began with, and write down what that is."""
+    fused.model.to(_training_device())  # what is measured before the first stage is measured there, too
     encoder = encoder_for(fused, recipe.max_length)
     data = encode_data(encoder, conversations, recipe.too_long)
     trained = TrainedModel(fused, encoder, data)
@@ -257,6 +264,12 @@ def _begin(
             with atomic_write(folder / name) as path:
                 path.write_text(content, encoding="utf-8")
     return trained
+
+
+def _training_device() -> torch.device:
+    """Where the Trainer of this process will put the model: a GPU of its own, or the CPU."""
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
@@ -365,7 +378,8 @@ def _open_single(recipe: SpecializeRecipe) -> FusedModel:
     bare = fused.model.bank
     assert isinstance(bare, AdapterSpecialists)
     base = bare.base
-    adapter = fresh_adapter(base, recipe.lora, recipe.model, recipe.seed)
+    lora = LoraSettings() if recipe.lora is None else recipe.lora
+    adapter = fresh_adapter(base, lora, recipe.model, recipe.seed)
     model = UltraFuserForCausalLM(fused.model.config, AdapterSpecialists(base, {_NAME: adapter}))
     return FusedModel(model.eval(), fused.tokenizer)
 
@@ -391,5 +405,4 @@ def _write_specialist(recipe: SpecializeRecipe, fused: FusedModel, folder: Path)
     if recipe.train == "lora":
         export_adapter(fused.model, _NAME, folder / "adapter")
     else:
-        export_specialist(fused.model, _NAME, folder / "model")
-        fused.tokenizer.save_pretrained(folder / "model")
+        export_specialist_with_tokenizer(fused, _NAME, folder / "model")

@@ -39,12 +39,14 @@ class EncodedData:
         dropped: domain -> conversations that were too long and left out, where any were.
         truncated: domain -> conversations that were too long and lost the end of their responses, where any
             were.
+        kept: domain -> which of its rows are there, by their places.
     """
 
     conversations: Sequence[EncodedConversation]
     domain_sizes: Mapping[str, int]
     dropped: Mapping[str, int]
     truncated: Mapping[str, int]
+    kept: Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def encode_data(
     encoder: ConversationEncoder,
     conversations: Mapping[str, Sequence[Messages]],
     too_long: Literal["truncate", "drop", "error"],
+    section: str = "data",
 ) -> EncodedData:
     """Encode every domain's conversations.
 
@@ -74,36 +77,41 @@ def encode_data(
         conversations: domain -> conversations.
         too_long: what to do with conversations that a specialist cannot read to the end: cut response tokens
             from their end (and drop those of which none is left), drop them, or refuse.
+        section: of the recipe that they come from, for messages.
 
     Raises:
         TemplateError: a conversation cannot be read, or is too long and `too_long` is "error"; the message
             names its domain and number.
         DataError: nothing is left of a domain.
     """
-    encoded: dict[str, list[EncodedConversation]] = {}
+    encoded: dict[str, dict[int, EncodedConversation]] = {}
     dropped: Counter[str] = Counter()
     truncated: Counter[str] = Counter()
     for domain, rows in conversations.items():
-        encoded[domain] = []
-        for number, row in enumerate(rows, start=1):
+        encoded[domain] = {}
+        for place, row in enumerate(rows):
             try:
-                encoded[domain].append(encoder.encode(row))
+                encoded[domain][place] = encoder.encode(row)
             except TemplateError as error:
                 if too_long == "error" or not isinstance(error, ConversationTooLongError):
-                    raise type(error)(f"data.{domain}, conversation {number}: {error}") from error
-                rest = shortened(encoder, row) if too_long == "truncate" else None
+                    raise type(error)(f"{section}.{domain}, conversation {place + 1}: {error}") from error
+                rest = _shortened(encoder, row) if too_long == "truncate" else None
                 (dropped if rest is None else truncated)[domain] += 1
-                encoded[domain] += [] if rest is None else [rest]
+                if rest is not None:
+                    encoded[domain][place] = rest
         if not encoded[domain]:
             raise DataError(
-                f"data.{domain}: all {len(rows)} conversations are longer than a specialist reads "
+                f"{section}.{domain}: all {len(rows)} conversations are longer than a specialist reads "
                 f"({min(encoder.max_length.values())} tokens). Raise max_length, or shorten them."
             )
     sizes = {domain: len(rows) for domain, rows in encoded.items()}
-    return EncodedData([row for rows in encoded.values() for row in rows], sizes, dropped, truncated)
+    kept = {domain: list(rows) for domain, rows in encoded.items()}
+    return EncodedData(
+        [row for rows in encoded.values() for row in rows.values()], sizes, dropped, truncated, kept
+    )
 
 
-def shortened(encoder: ConversationEncoder, conversation: Messages) -> EncodedConversation | None:
+def _shortened(encoder: ConversationEncoder, conversation: Messages) -> EncodedConversation | None:
     """A conversation cut to what every specialist reads; None when not one response token is left."""
     try:
         return encoder.encode(conversation, too_long="truncate")
@@ -214,7 +222,8 @@ def check_stage2(model: UltraFuserForCausalLM, settings: Stage2) -> None:
         settings: of stage 2.
 
     Raises:
-        RecipeError: full training of adapters, LoRA with nothing to train, or a GPU without bfloat16.
+        RecipeError: full training of adapters, LoRA with nothing to train or settings that nothing takes, or a GPU
+            without bfloat16.
         UltrafuserError: no layer of a specialist carries one of the names in lora.target_modules.
     """
     computes_in_bfloat16(settings)
@@ -222,13 +231,20 @@ def check_stage2(model: UltraFuserForCausalLM, settings: Stage2) -> None:
     if isinstance(bank, WholeSpecialists):
         if settings.train == "lora":
             for specialist in bank.models:
-                fresh_adapter(specialist, settings.lora, "", seed=0)
+                fresh_adapter(
+                    specialist, LoraSettings() if settings.lora is None else settings.lora, "", seed=0
+                )
         return
     assert isinstance(bank, AdapterSpecialists)
     if settings.train == "full":
         raise RecipeError(
             "stage2.train: full needs whole specialists, but these are adapters over one base, which they share. "
             "Use train: lora or bank: whole, or leave stage 2 out (stage2: null)."
+        )
+    if settings.lora is not None:
+        raise RecipeError(
+            "stage2.lora shapes new adapters on whole specialists, but these are adapters already, which are trained "
+            "as they are. Leave stage2.lora out."
         )
     if not list(bank.lora_parameters()):
         raise RecipeError(
@@ -262,7 +278,7 @@ def prepare_specialists(
         model: changed in place.
         mode: "full" (every weight of whole specialists) or "lora" (an adapter bank's adapters; whole
             specialists get new ones).
-        lora: settings of new adapters.
+        lora: settings of new adapters; the defaults when None.
         seed: of new adapters.
     """
     bank = model.bank
@@ -271,7 +287,7 @@ def prepare_specialists(
         trained = list(bank.parameters())
     else:
         if isinstance(bank, WholeSpecialists):
-            assert lora is not None
+            lora = LoraSettings() if lora is None else lora
             bank.adopt_adapters(lora.rank, lora.alpha, lora.target_modules, seed)
         trained = list(bank.lora_parameters())
     hold_in(trained, torch.float32)
@@ -374,13 +390,18 @@ def _accumulation(settings: StageSettings, num_processes: int) -> int:
     return 1 if per_pass is None else share // per_pass
 
 
+def _scheduler(settings: StageSettings) -> str:
+    """Hugging Face's name of the schedule: its plain `constant` knows no warm-up."""
+    return "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+
+
 def _arguments(settings: StageSettings, folder: Path, seed: int, bf16: bool) -> TrainingArguments:
     save_every = settings.save_every if settings.save_every is not None else max(1, settings.steps // 10)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=_scheduler(settings),
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ultrafuser.errors import CheckpointError
+
 TENSORS = "training_state.safetensors"
 SETTINGS = "training_state.json"
 
@@ -67,12 +69,20 @@ def save_random_state(folder: Path, process: int) -> None:
     (folder / f"random_{process}.json").write_text(json.dumps(plain))
 
 
-def load_random_state(folder: Path, process: int) -> None:
-    """Take over what `save_random_state` wrote for this process; nothing when it wrote none."""
-    path = folder / f"random_{process}.safetensors"
-    if not path.is_file():
-        return
-    tensors = load_file(path)
+def load_random_state(folder: Path, process: int, num_processes: int) -> None:
+    """Take over what `save_random_state` wrote for this process.
+
+    Raises:
+        CheckpointError: another number of processes wrote the checkpoint, or one of them was stopped before it had.
+    """
+    written = len(list(folder.glob("random_*.json")))  # the second of two files
+    if written != num_processes:
+        raise CheckpointError(
+            f"{folder} holds the random states of {written} processes, but {num_processes} go on with it, so that the "
+            "result would be another. Start as many as before; if it was as many, delete this checkpoint: the one "
+            "before it is used then."
+        )
+    tensors = load_file(folder / f"random_{process}.safetensors")
     plain = json.loads((folder / f"random_{process}.json").read_text())
     random.setstate((plain["version"], tuple(tensors["python"].tolist()), plain["gauss"]))
     np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *plain["numpy"]))

@@ -137,7 +137,7 @@ class FusionTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random_state(Path(checkpoint), self.args.process_index)
+            load_random_state(Path(checkpoint), self.args.process_index, self.args.world_size)
 
 
 class LogWithCheckpoints(TrainerCallback):

@@ -217,8 +217,68 @@ def test_speculation_says_what_it_did(model, tokenizer):
     list(decoder.stream([[5, 6] * 8, [7, 8] * 8], replace(PARAMS, max_new_tokens=40)))
     stats = decoder.stats
     assert stats.tokens <= 40
-    assert 0 <= stats.accepted <= stats.drafted <= 16 * stats.drafts
+    assert 0 < stats.accepted <= stats.drafted <= 16 * stats.drafts
     assert stats.steps < 40
+
+
+def test_responses_that_are_read_in_turns_are_those_of_each_alone(model, tokenizer):
+    def ids(steps):
+        return [step.token_id for step in steps]
+
+    prompts = [[[5, 6], [7]], [[9], [8, 3, 2]], [[4], [4, 4]]]
+    alone = [ids(FusedDecoder(model, tokenizer).stream(each, PARAMS)) for each in prompts]
+    shared = FusedDecoder(model, tokenizer, max_batch=2)
+    first, second, never = (shared.stream(each, PARAMS) for each in prompts)
+    begun = [next(first), next(second)]
+    answered = dict(shared.respond([(prompts[2], PARAMS), (prompts[0], PARAMS)]))
+    assert ids([begun[1], *second]) == alone[1]
+    assert ids([begun[0], *first]) == alone[0]
+    assert [ids(answered[0]), ids(answered[1])] == [alone[2], alone[0]]
+    del never  # it was never asked for a token, and so takes no slot
+    assert (shared.num_active, shared.num_waiting) == (0, 0)
+
+
+def test_a_step_that_fails_leaves_a_decoder_that_works(model, tokenizer, monkeypatch):
+    prompts = [[5, 6], [7]]
+    expected = list(FusedDecoder(model, tokenizer).stream(prompts, PARAMS))
+    decoder = FusedDecoder(model, tokenizer)
+    broken = decoder._backbones[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "read", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        with pytest.raises(MemoryError, match="none left"):
+            dict(decoder.respond([(prompts, PARAMS)] * 3))
+    assert (decoder.num_active, decoder.num_waiting) == (0, 0)
+    assert dict(decoder.respond([(prompts, PARAMS)])) == {0: expected}
+
+
+def test_a_conversation_may_leave_as_another_joins_that_the_draft_model_has_not_read(model, tokenizer):
+    draft = tiny_model(seed=4)
+    decoder = FusedDecoder(model, tokenizer, max_batch=2, draft_model=draft)
+    long = replace(PARAMS, max_new_tokens=30)
+    first = decoder.submit([[5, 6] * 4, [7, 8] * 4], long)
+    while decoder.stats.draft_passes == 0:
+        decoder.step()
+    second = decoder.submit([[9], [8, 3]], long)
+    found = [token for owner, token in decoder.step() if owner == second]
+    decoder.cancel(first)
+    while decoder.num_active:
+        found += [token for owner, token in decoder.step() if owner == second]
+    expected = FusedDecoder(model, tokenizer).stream([[9], [8, 3]], long)
+    assert [token.token_id for token in found] == [token.token_id for token in expected]
+
+
+@pytest.mark.parametrize("ids", [[5, 320], [-1]])
+def test_ids_that_are_no_tokens_are_refused(model, tokenizer, ids):
+    with pytest.raises(UltrafuserError, match="must hold token ids from 0 to 319"):
+        FusedDecoder(model, tokenizer).submit([[5], ids], PARAMS)
+
+
+def test_refuses_a_model_in_training_mode(tokenizer):
+    training = fused_over(
+        AdapterSpecialists(tiny_model(), {"a": random_adapter(tiny_model(), seed=1)})
+    ).train()
+    with pytest.raises(UltrafuserError, match=r"Call model\.eval\(\)"):
+        FusedDecoder(training, tokenizer)
 
 
 # --- who drafts ---------------------------------------------------------------------------------------------------
@@ -237,6 +297,12 @@ def test_refuses_a_drafter_that_cannot_be_had(tokenizer, monkeypatch):
         FusedDecoder(adapters, tokenizer, speculation=SpeculationParams(drafter="int8"))
     with pytest.raises(UltrafuserError, match="vocabulary of 50 tokens, the fused model one of 320"):
         FusedDecoder(adapters, tokenizer, draft_model=tiny_model(seed=4, vocab_size=50))
+    with pytest.raises(UltrafuserError, match='drafter "lookup" and draft_model name two'):
+        FusedDecoder(
+            adapters, tokenizer, speculation=SpeculationParams(drafter="lookup"), draft_model=tiny_model()
+        )
+    with pytest.raises(UltrafuserError, match="draft_model is on meta, the fused model on cpu"):
+        FusedDecoder(adapters, tokenizer, draft_model=tiny_model().to("meta"))
     with pytest.raises(
         UltrafuserError, match="drafter must be one of auto, int8, specialist, lookup, got 'fast'"
     ):

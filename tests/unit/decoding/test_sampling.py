@@ -24,8 +24,8 @@ def random_logits(rows: int = 1, vocab_size: int = 40, seed: int = 0) -> Tensor:
     ("settings", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
-        ({"temperature": -0.5}, "temperature must be at least 0 and finite, got -0.5"),
-        ({"temperature": math.inf}, "temperature must be at least 0 and finite, got inf"),
+        ({"temperature": -0.5}, "temperature must be 0, or at least 1e-5 and finite, got -0.5"),
+        ({"temperature": 1e-38}, "temperature must be 0, or at least 1e-5 and finite, got 1e-38"),
         ({"temperature": NAN}, "temperature must be .*, got nan"),
         ({"top_p": -0.1}, "top_p must be within 0 to 1, got -0.1"),
         ({"top_p": 1.1}, "top_p must be within 0 to 1, got 1.1"),

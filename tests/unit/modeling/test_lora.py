@@ -210,6 +210,17 @@ def test_state_is_views_and_survives_a_round_trip():
         assert torch.allclose(plain.model(ids[:, 0]).last_hidden_state, expected[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_adapter_in_few_bits_does_not_round_the_others(order):
+    model = tiny_model("qwen2")
+    fine, coarse = (random_adapter(model, seed, target_modules=["q_proj"]) for seed in (1, 2))
+    coarse = Adapter(coarse.config, {name: tensor.bfloat16() for name, tensor in coarse.weights.items()})
+    adapters = [(fine, coarse)[index] for index in order]
+    layer, *_ = fold_adapters(model, adapters)
+    path, down, _ = next(layer.lora_tensors())
+    assert torch.equal(down[order.index(0)], fine.weights[f"{path}.lora_A.weight"])
+
+
 def test_unfold_leaves_plain_layers_with_the_adapter_merged():
     model = tiny_model("qwen2").double()  # W x + B A x against (W + B A) x: float32 would round them apart
     adapter = random_adapter(model, 1, target_modules="all-linear")

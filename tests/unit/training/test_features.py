@@ -86,6 +86,13 @@ def test_states_are_used_again_for_the_same_and_only_for_the_same(toys, tmp_path
     assert cost_in_seconds(fused, toys, folder) == 0
 
 
+def test_states_in_another_order_of_specialists_are_others(toys, tmp_path):
+    sources = {name: SpecialistSource(**source) for name, source in toys.sources().items()}
+    turned = fuse(dict(reversed(sources.items())), gate_size=16, dtype=torch.float32)
+    assert cost_in_seconds(toys.fused(), toys, tmp_path) > 0
+    assert cost_in_seconds(turned, toys, tmp_path) > 0
+
+
 def test_another_scale_of_the_same_adapter_is_another_state(toys, tmp_path):
     base = tiny_model("llama", seed=9)
     adapter = save_adapter(tmp_path / "adapter", base, seed=1)

@@ -103,6 +103,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, recipe, 
         ("specialists", ["code"], "specialists: input should be a valid dictionary"),
         ("specialists.code", {}, "specialists.code.model is missing."),
         ("stage1.examples_per_pass", 7, "examples_per_pass (7) must divide examples_per_domain (64)."),
+        ("stage1.warmup_steps", 401, "warmup_steps (401) must be at most steps (400)."),
+        ("stage2.lora", {"rank": 8}, "lora has no say in train: full."),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path, key, value, message):
@@ -110,6 +112,17 @@ def test_a_wrong_value_is_refused_by_name(tmp_path, key, value, message):
         read(tmp_path, changed(SMALLEST, key, value))
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"recipe {tmp_path}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("adapter", "my/adapter"), ("train", "full")])
+def test_a_shape_of_an_adapter_that_is_not_made_is_refused(tmp_path, key, value):
+    with pytest.raises(RecipeError, match="lora shapes a fresh adapter"):
+        read(tmp_path, {**SINGLE, key: value, "lora": {"rank": 8}}, SpecializeRecipe)
+
+
+def test_a_path_with_a_dot_is_the_recipes_own(tmp_path):
+    recipe = read(tmp_path, {**SINGLE, "adapter": "./start"}, SpecializeRecipe)
+    assert recipe.adapter == str(tmp_path / "start")
 
 
 @pytest.mark.parametrize("key", ["specialists", "data"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from ultrafuser.errors import CheckpointError
 from ultrafuser.training.state import load_optimizer, load_random_state, save_optimizer, save_random_state
 
 
@@ -25,7 +26,7 @@ def step(model, optimizer, scheduler):
     return loss.item(), [group["lr"] for group in optimizer.param_groups]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
 def test_an_optimiser_goes_on_as_if_it_had_not_stopped(tmp_path, schedule):
     first = training(schedule=schedule)
     for _ in range(3):
@@ -55,7 +56,16 @@ def test_random_states_come_back(tmp_path):
     save_random_state(tmp_path, process=1)
     expected = draws()
     assert draws() != expected
-    load_random_state(tmp_path, process=0)  # wrote nothing
+    save_random_state(tmp_path, process=0)
+    load_random_state(tmp_path, process=0, num_processes=2)
     assert draws() != expected
-    load_random_state(tmp_path, process=1)
+    load_random_state(tmp_path, process=1, num_processes=2)
     assert draws() == expected
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_random_states_of_another_number_of_processes_are_refused(tmp_path, num_processes):
+    for process in range(2):
+        save_random_state(tmp_path, process)
+    with pytest.raises(CheckpointError, match=f"of 2 processes, but {num_processes} go on"):
+        load_random_state(tmp_path, 0, num_processes)
