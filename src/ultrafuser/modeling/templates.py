@@ -192,8 +192,8 @@ class ConversationEncoder:
         max_length: Tokens each specialist can read: by name, or one number for all.
 
     Raises:
-        TemplateError: If a template cannot be aligned, `max_length` does not cover every specialist, or
-            `end_token_id` is not in the vocabulary.
+        TemplateError: If a template cannot be aligned or ends responses with another special token,
+            `max_length` does not cover every specialist, or `end_token_id` is not in the vocabulary.
     """
 
     def __init__(
@@ -227,6 +227,7 @@ class ConversationEncoder:
         probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
         for name in self.names:
             self._glue(name, probe)
+            self._require_end(name, probe)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -426,6 +427,23 @@ class ConversationEncoder:
         if ends_with_user:
             glue.append(full[cursor:])
         return [glue[0], *map(self._without_end_text, glue[1:])]
+
+    def _require_end(self, name: str, messages: Conversation) -> None:
+        """Refuse a template that closes a response by another special token than the agreed one.
+
+        A frozen specialist would never say the agreed end, and would say its own where nobody stops.
+        """
+        marked, sentinels = _mark_responses(messages)
+        behind = self._render(name, marked, add_generation_prompt=False).partition(sentinels[-1])[2].lstrip()
+        if behind.startswith(self._end_text):
+            return
+        for token in self._tokenizer.all_special_tokens:
+            if behind.startswith(token):
+                raise TemplateError(
+                    f"The template of specialist {name!r} ends a response with {token!r}, but the agreed end token is "
+                    f"{self._end_text!r}. Set end_token: {token!r}, or give the specialist a template that ends with "
+                    f"{self._end_text!r}."
+                )
 
     def _without_end_text(self, glue: str) -> str:
         """Drop the end token's text behind a response: its id is already there."""

@@ -123,7 +123,9 @@ def test_end_tokens_must_be_agreed(folder):
     models = folder(), folder(tokenizer=other)
     with pytest.raises(UltrafuserError, match=r"do not agree on an end token: .*'s1': '<s>'"):
         fuse_models(*models)
-    assert fuse_models(*models, end_token="<s>").model.config.eos_token_id == 1
+    assert fuse_models(*models, end_token="<|im_end|>").model.config.eos_token_id == 3
+    with pytest.raises(TemplateError, match=r"ends a response with '<\|im_end\|>', .* end token is '<s>'"):
+        fuse_models(*models, end_token="<s>")
     with pytest.raises(UltrafuserError, match="none of the specialists' folders holds a tokenizer"):
         fuse_models(folder(tokenizer=None))
 
