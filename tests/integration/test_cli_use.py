@@ -86,7 +86,7 @@ def json_lines(text):
 # --- the frame ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "inspect", "export"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "inspect", "export"])
 def test_every_command_explains_itself(command):
     assert command in succeeds("--help").stdout
     assert "Usage" in succeeds(command, "--help").stdout

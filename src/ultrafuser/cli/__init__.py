@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ultrafuser.errors import UltrafuserError
 
-_COMMANDS = ("demo", "specialize", "train", "generate", "chat", "inspect", "export")
+_COMMANDS = ("demo", "specialize", "train", "generate", "chat", "serve", "inspect", "export")
 
 
 class _Group(TyperGroup):

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -135,7 +136,14 @@ class FusedDecoder:
                 model, self._backbones, self._head_weights, self._params, draft_model
             )
         self._reuses_states = kind == "specialist"
-        self._draft_length = DraftLength(self._guessed_cost, not self._reuses_states, self._params.max_draft)
+        # Not a method of this object: a decoder in a cycle would keep its packed weights until Python looks for cycles.
+        guess = partial(
+            _guessed_cost,
+            1 if self._folded else self._num,
+            self._reuses_states,
+            self._drafter is not None,
+        )
+        self._draft_length = DraftLength(guess, not self._reuses_states, self._params.max_draft)
 
     @property
     def num_waiting(self) -> int:
@@ -382,14 +390,6 @@ class FusedDecoder:
             states.append(pad_sequence([parts[row] for row in range(len(conversations))], batch_first=True))
         return self._choose(conversations, drafts, states, [len(draft.tokens) for draft in drafts])
 
-    def _guessed_cost(self, num_drafted: int) -> float:
-        """Time of a step that drafts over a plain one's, until it is known: a token more costs a pass little."""
-        models = 1 if self._folded else self._num
-        if self._reuses_states:
-            return (num_drafted + (models - 1) * (1 + 0.05 * (num_drafted - 1))) / models
-        drafting = 0.0 if self._drafter is None else 0.4 * num_drafted / models
-        return 1 + 0.05 * num_drafted + drafting
-
     def _read(self, ids: Tensor, slots: Slots, starts: Tensor) -> list[Tensor]:
         """Run all specialists over ids (A, N, T): N tensors (A, T, H_j)."""
         ids = ids.to(self._model.device)
@@ -488,6 +488,14 @@ class FusedDecoder:
                 self._drafter.move(last, len(self._active) - 1, slot)
             self._active[slot] = last
         self._active.pop()
+
+
+def _guessed_cost(models: int, reuses_states: bool, has_drafter: bool, num_drafted: int) -> float:
+    """Time of a step that drafts over a plain one's, until it is known: a token more costs a pass little."""
+    if reuses_states:
+        return (num_drafted + (models - 1) * (1 + 0.05 * (num_drafted - 1))) / models
+    drafting = 0.4 * num_drafted / models if has_drafter else 0.0
+    return 1 + 0.05 * num_drafted + drafting
 
 
 def _standing(

@@ -3,6 +3,8 @@
 That it says the right tokens is in tests/parity/test_decoding.py.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -265,6 +267,19 @@ def test_a_conversation_may_leave_as_another_joins_that_the_draft_model_has_not_
         found += [token for owner, token in decoder.step() if owner == second]
     expected = FusedDecoder(model, tokenizer).stream([[9], [8, 3]], long)
     assert [token.token_id for token in found] == [token.token_id for token in expected]
+
+
+@pytest.mark.parametrize("speculation", [None, SpeculationParams()])
+def test_a_decoder_that_is_dropped_frees_its_weights_at_once(model, tokenizer, speculation):
+    decoder = FusedDecoder(model, tokenizer, speculation=speculation)
+    list(decoder.stream(PROMPTS, PARAMS))
+    packed = weakref.ref(decoder._backbones[0])
+    gc.disable()  # which would find a cycle, but later: packed weights are large
+    try:
+        del decoder
+        assert packed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("ids", [[5, 320], [-1]])

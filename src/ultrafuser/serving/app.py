@@ -1,0 +1,368 @@
+"""The native server: OpenAI's endpoints over one fused model."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ultrafuser.decoding.engine import FusedDecoder
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.modeling.assembly import FusedModel
+from ultrafuser.serving.metrics import ServerMetrics
+from ultrafuser.serving.protocol import ChatRequest, Choice, CompletionRequest, error_body, usage
+from ultrafuser.serving.worker import Answer, BusyError, ClosingError, DecodingWorker
+
+_STATUS: dict[type[Exception], int] = {BusyError: 429, ClosingError: 503}
+_GONE = 499  # nginx's: the client has left; nobody reads it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How a server behaves.
+
+    Attributes:
+        name: of the model, as clients call it.
+        max_batch: requests that are decoded together.
+        max_waiting: requests that may wait for that; more are refused with status 429.
+        max_new_tokens: tokens of a response at most, whatever a request asks for; None leaves it to the context.
+        max_body_bytes: of a request; more is refused with status 413.
+        api_key: what clients have to bring as a bearer token; None asks for nothing.
+        cors_origins: web pages of other origins that may ask.
+    """
+
+    name: str
+    max_batch: int = 8
+    max_waiting: int = 64
+    max_new_tokens: int | None = None
+    max_body_bytes: int = 2**20
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+
+
+def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSettings) -> FastAPI:
+    """The server as an ASGI application, which owns the decoder from now on.
+
+    Args:
+        fused: model and tokenizer.
+        decoder: over them, with `settings.max_batch` slots.
+        settings: how it behaves.
+    """
+    service = _Service(fused, decoder, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.worker.close)
+
+    app = FastAPI(title="UltraFuser", lifespan=lifespan)
+    protected = [Depends(service.authorise)]
+    app.get("/v1/models", dependencies=protected)(service.models)
+    app.post("/v1/chat/completions", dependencies=protected)(service.chat)
+    app.post("/v1/completions", dependencies=protected)(service.complete)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.show_metrics)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(UltrafuserError, _mistaken)
+    app.add_exception_handler(Exception, _failed)
+    app.add_middleware(_Outermost, max_body_bytes=settings.max_body_bytes, metrics=service.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+@dataclass
+class _Job:
+    """A request that is being answered: its choices, and where their tokens come from."""
+
+    head: dict[str, Any]
+    choices: list[Choice]
+    answers: list[Answer]
+    prompt_tokens: int
+    arrived_s: float
+    has_begun: bool = False
+
+
+class _Service:
+    """The endpoints, and what they share."""
+
+    def __init__(self, fused: FusedModel, decoder: FusedDecoder, settings: ServerSettings) -> None:
+        self._fused, self._settings = fused, settings
+        self._encoder = fused.model.conversation_encoder(fused.tokenizer)
+        self._encoding = asyncio.Lock()
+        self._started = int(time.time())
+        self.worker = DecodingWorker(decoder, settings.max_batch, settings.max_waiting)
+        self.metrics = ServerMetrics(fused.model.specialist_names, lambda: self.worker.num_requests)
+
+    async def authorise(self, request: Request) -> None:
+        """Let in who brings the key, if there is one."""
+        key = self._settings.api_key
+        if key is None:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):
+            raise HTTPException(401, "The API key is missing or wrong. Send it as: Authorization: Bearer KEY")
+
+    async def health(self) -> dict[str, str]:
+        """Say that the server is there."""
+        return {"status": "ok"}
+
+    async def show_metrics(self) -> Response:
+        """Say what was counted."""
+        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> dict[str, Any]:
+        """The one model, and its specialists."""
+        model = {
+            "id": self._settings.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "ultrafuser",
+            "specialists": list(self._fused.model.specialist_names),
+        }
+        return {"object": "list", "data": [model]}
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        arrived = time.perf_counter()
+        self._check_model(body.model)
+        messages = [message.plain() for message in body.messages]
+        async with self._encoding:  # one at a time, and not in the way of those who stream
+            prompts = await asyncio.to_thread(self._encoder.prompt, messages, max_new_tokens=0)
+        return await self._answer(body, [prompts], request, "chat.completion", arrived)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """Go on with a text."""
+        arrived = time.perf_counter()
+        self._check_model(body.model)
+        num = self._fused.model.num_specialists
+        async with self._encoding:
+            read = [await asyncio.to_thread(self._token_ids, prompt) for prompt in body.prompts()]
+        return await self._answer(body, [[ids] * num for ids in read], request, "text_completion", arrived)
+
+    def _token_ids(self, prompt: str | list[int]) -> list[int]:
+        return self._fused.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+
+    def _check_model(self, name: str) -> None:
+        if name != self._settings.name:
+            raise HTTPException(404, f"There is no model {name!r} here, but {self._settings.name!r}.")
+
+    async def _answer(
+        self,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        request: Request,
+        kind: str,
+        arrived_s: float,
+    ) -> Response:
+        job = await self._submit(body, prompts, kind, arrived_s)
+        if body.stream:
+            options = body.stream_options
+            return _Stream(self._stream(job, options is not None and options.include_usage), self.worker, job)
+        collecting = asyncio.ensure_future(self._collect(job))
+        leaving = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return JSONResponse(collecting.result()) if collecting.done() else Response(status_code=_GONE)
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+            for answer in job.answers:
+                self.worker.forget(answer)
+
+    async def _submit(
+        self,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        kind: str,
+        arrived_s: float,
+    ) -> _Job:
+        """Hand in every choice of every prompt, or none."""
+        model, chat = self._fused.model, isinstance(body, ChatRequest)
+        prefix = "chatcmpl-" if chat else "cmpl-"
+        head = {
+            "id": prefix + secrets.token_hex(12),
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._settings.name,
+        }
+        job = _Job(head, [], [], sum(len(prompt[0]) for prompt in prompts if prompt), arrived_s)
+        seed = secrets.randbits(32)
+        try:
+            for prompt in prompts:
+                limit = self._limit(body.limit, prompt)
+                for number in range(body.n):
+                    params = body.params(limit, seed, number, body.num_logprobs)
+                    answer = await self.worker.submit(prompt, params, body.specialist)
+                    job.answers.append(answer)
+                    names = model.specialist_names
+                    job.choices.append(Choice(len(job.choices), chat, names, self._fused.tokenizer))
+        except BaseException:
+            for answer in job.answers:
+                self.worker.forget(answer)
+            raise
+        self.metrics.read(job.prompt_tokens)
+        return job
+
+    def _limit(self, asked: int | None, prompts: Sequence[Sequence[int]]) -> int:
+        """Tokens at most: what is asked for, or what the contexts and the server leave."""
+        most = self._settings.max_new_tokens
+        if asked is not None:
+            if most is not None and asked > most:
+                raise UltrafuserError(f"max_tokens must be at most {most} on this server, got {asked}.")
+            return asked
+        limits = self._fused.model.bank.context_lengths
+        room = [limit - len(ids) for limit, ids in zip(limits, prompts, strict=True) if limit is not None]
+        room += [] if most is None else [most]
+        return max(min(room, default=512), 1)
+
+    async def _parts(self, job: _Job) -> AsyncIterator[tuple[Choice, Any]]:
+        """Tokens of all choices as they come."""
+        parts: asyncio.Queue[tuple[Choice, Any] | Exception | None] = asyncio.Queue()
+
+        async def pump(choice: Choice, answer: Answer) -> None:
+            try:
+                async for steps in answer:
+                    parts.put_nowait((choice, steps))
+            except Exception as error:
+                parts.put_nowait(error)
+            parts.put_nowait(None)
+
+        pumps = [asyncio.ensure_future(pump(*pair)) for pair in zip(job.choices, job.answers, strict=True)]
+        try:
+            left = len(pumps)
+            while left:
+                part = await parts.get()
+                if isinstance(part, Exception):
+                    raise part
+                if part is None:
+                    left -= 1
+                    continue
+                if not job.has_begun:
+                    job.has_begun = True
+                    self.metrics.began(time.perf_counter() - job.arrived_s)
+                self.metrics.said(part[1])
+                yield part
+        finally:
+            for task in pumps:
+                task.cancel()
+
+    async def _collect(self, job: _Job) -> dict[str, Any]:
+        """The whole response."""
+        steps: dict[int, list[Any]] = {index: [] for index in range(len(job.choices))}
+        async for choice, some in self._parts(job):
+            steps[job.choices.index(choice)] += some
+        choices = [choice.part(steps[index], is_delta=False) for index, choice in enumerate(job.choices)]
+        return {**job.head, "choices": choices, "usage": usage(job.prompt_tokens, job.choices)}
+
+    async def _stream(self, job: _Job, include_usage: bool) -> AsyncIterator[bytes]:
+        """The response in pieces, as server-sent events."""
+        suffix = ".chunk" if job.head["object"] == "chat.completion" else ""
+        head = {**job.head, "object": job.head["object"] + suffix}
+        rest = {"usage": None} if include_usage else {}
+        try:
+            async for choice, steps in self._parts(job):
+                yield _event({**head, "choices": [choice.part(steps, is_delta=True)], **rest})
+            for choice in job.choices:
+                if not choice.steps:  # no token was allowed
+                    last = choice.part([], is_delta=True) | {"finish_reason": "length"}
+                    yield _event({**head, "choices": [last], **rest})
+            if include_usage:
+                yield _event({**head, "choices": [], "usage": usage(job.prompt_tokens, job.choices)})
+        except Exception as error:  # the status is long sent: this is the only place left to say it
+            yield _event(error_body(f"{type(error).__name__}: {error}", "server_error"))
+        yield b"data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """A streaming response that lets go of its answers however it ends, even before it has begun."""
+
+    def __init__(self, content: AsyncIterator[bytes], worker: DecodingWorker, job: _Job) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._worker, self._job = worker, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for answer in self._job.answers:
+                self._worker.forget(answer)
+
+
+class _Outermost:
+    """Refuses large bodies, and counts responses."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: ServerMetrics) -> None:
+        self._app, self._max, self._metrics = app, max_body_bytes, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max:
+                raise HTTPException(413, f"A request may have at most {self._max:,} bytes.")
+            return message
+
+        async def counted_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.responded(message["status"])
+            await send(message)
+
+        await self._app(scope, counted_receive, counted_send)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def _malformed(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    return JSONResponse(error_body(message, "invalid_request_error", place if place else None), 400)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
+    return JSONResponse(error_body(error.detail, kind), error.status_code, headers=error.headers)
+
+
+async def _mistaken(_: Request, error: Exception) -> Response:
+    status = _STATUS.get(type(error), 400)
+    kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
+    headers = {"retry-after": "1"} if status != 400 else None
+    return JSONResponse(error_body(str(error), kind), status, headers=headers)
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)

@@ -1,0 +1,247 @@
+"""What clients say and hear: OpenAI's requests and responses, with one field more.
+
+A setting that would change a response and is not known here is refused, not passed over. Every choice (of a chunk, too)
+carries `fusion`: the names of the specialists, and for each token its text and how much each specialist counted.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from ultrafuser.decoding.engine import TokenStep
+from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.decoding.text import token_texts
+
+FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
+"""The engine's words -> OpenAI's."""
+
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Strict):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = Field(default=None, description="not read")
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(_Strict):
+    """How a stream ends."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = Field(default=None, description="not done")
+
+
+class TextFormat(_Strict):
+    """The only form of a response that there is here."""
+
+    type: Literal["text"]
+
+
+class _Request(_Strict):
+    """What both kinds of requests have in common."""
+
+    model: str
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    n: int = Field(default=1, ge=1, le=16)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    user: str | None = Field(default=None, description="not read")
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    top_k: int = Field(default=0, ge=0, description="not OpenAI's: sample among so many; 0 among all")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="not OpenAI's: see `SamplingParams`")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="not OpenAI's: see `SamplingParams`")
+    specialist: str | None = Field(
+        default=None, description="not OpenAI's: the specialist that answers alone"
+    )
+
+    def params(self, max_new_tokens: int, seed: int, number: int, logprobs: int | None) -> SamplingParams:
+        """How the response of one of the n choices is made.
+
+        Args:
+            max_new_tokens: at most.
+            seed: where the request has none.
+            number: of the choice.
+            logprobs: see `SamplingParams`.
+
+        Raises:
+            UltrafuserError: a setting is out of range.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        first = seed if self.seed is None else self.seed
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=(first + number) % 2**63,
+            stop=() if stop is None else tuple(stop),
+            logprobs=logprobs,
+        )
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens at most, if the request says so."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.logprobs`."""
+        return None if not self.logprobs else 0 if self.top_logprobs is None else self.top_logprobs
+
+
+class CompletionRequest(_Request):
+    """`POST /v1/completions`; all specialists read the prompt as it is, without their templates."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[list[int]], Field(min_length=1)]
+    )
+    max_tokens: int | None = Field(default=16, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: Literal[False] = False
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens at most, if the request says so."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `SamplingParams.logprobs`."""
+        return self.logprobs
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """One prompt or several, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+
+class Choice:
+    """One of the responses to a request, as far as it has come, in OpenAI's words.
+
+    Args:
+        index: of the choice.
+        chat: whether it answers a conversation, or goes on with a text.
+        specialists: their names.
+        tokenizer: that they share.
+    """
+
+    def __init__(
+        self, index: int, chat: bool, specialists: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.steps: list[TokenStep] = []
+        self._index, self._chat, self._specialists = index, chat, list(specialists)
+        self._tokenizer = tokenizer
+
+    def part(self, steps: Sequence[TokenStep], is_delta: bool) -> dict[str, Any]:
+        """The choice with some of its tokens: the newest, in a chunk of a stream, or all.
+
+        Args:
+            steps: those.
+            is_delta: whether it is a chunk.
+        """
+        text = "".join(step.text for step in steps)
+        finish = steps[-1].finish if steps else "length" if not is_delta else None
+        offset = sum(len(step.text) for step in self.steps)
+        self.steps += steps
+        choice: dict[str, Any] = {
+            "index": self._index,
+            "finish_reason": None if finish is None else FINISH_REASONS[finish],
+            "logprobs": self._logprobs(steps, offset),
+            "fusion": {
+                "specialists": self._specialists,
+                "tokens": token_texts(self._tokenizer, [step.token_id for step in steps]),
+                "gate_weights": [[round(weight, 6) for weight in step.gate_weights] for step in steps],
+            },
+        }
+        if not self._chat:
+            return {**choice, "text": text}
+        return {**choice, "delta" if is_delta else "message": {"role": "assistant", "content": text}}
+
+    def _logprobs(self, steps: Sequence[TokenStep], offset: int) -> dict[str, Any] | None:
+        if not steps or steps[0].logprob is None:
+            return None
+        if self._chat:
+            return {"content": [self._chat_logprob(step) for step in steps], "refusal": None}
+        offsets = []
+        for step in steps:
+            offsets.append(offset)
+            offset += len(step.text)
+        return {
+            "tokens": [self._text(step.token_id) for step in steps],
+            "token_logprobs": [step.logprob for step in steps],
+            "top_logprobs": [{self._text(t): value for t, value in step.alternatives} for step in steps],
+            "text_offset": offsets,
+        }
+
+    def _chat_logprob(self, step: TokenStep) -> dict[str, Any]:
+        assert step.logprob is not None
+        best = [self._named(token, value) for token, value in step.alternatives]
+        return {**self._named(step.token_id, step.logprob), "top_logprobs": best}
+
+    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+
+
+def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
+    """Counted tokens; a prompt's are those of the first specialist."""
+    completion = sum(len(choice.steps) for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+    }
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

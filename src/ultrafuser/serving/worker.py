@@ -1,0 +1,184 @@
+"""One thread that decodes for everybody: requests come from an event loop, tokens go back to it.
+
+The decoder belongs to the thread. What others want of it is put into an inbox, which is emptied between steps.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+
+from ultrafuser.decoding.engine import FusedDecoder, TokenStep
+from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.errors import UltrafuserError
+
+
+class BusyError(UltrafuserError):
+    """As many requests are running and waiting as the server takes."""
+
+
+class ClosingError(UltrafuserError):
+    """The server is about to end."""
+
+
+class Answer:
+    """The tokens of one request, as they come; iterate over them once, in the event loop that asked.
+
+    Args:
+        worker: that decodes it.
+        loop: of the caller.
+    """
+
+    def __init__(self, worker: "DecodingWorker", loop: asyncio.AbstractEventLoop) -> None:
+        self._worker, self._loop = worker, loop
+        self._tokens: asyncio.Queue[TokenStep | Exception | None] = asyncio.Queue()
+        self.request_id = -1  # until it is accepted
+        self.forgotten = False
+
+    def put(self, item: TokenStep | Exception | None) -> None:
+        """Hand over a token, an error, or None for the end; from the decoding thread."""
+        # A loop that was closed meanwhile has nobody who waits.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tokens.put_nowait, item)
+
+    async def __aiter__(self) -> AsyncIterator[list[TokenStep]]:
+        """The tokens that have come since the last look, one or several at a time; leaving early cancels.
+
+        Raises:
+            Exception: what decoding failed with.
+        """
+        over = False
+        try:
+            while not over:
+                items = [await self._tokens.get()]
+                while not self._tokens.empty():
+                    items.append(self._tokens.get_nowait())
+                over = not isinstance(items[-1], TokenStep)
+                tokens = [item for item in items if isinstance(item, TokenStep)]
+                if tokens:
+                    yield tokens
+                if isinstance(items[-1], Exception):
+                    raise items[-1]
+        finally:
+            self._worker.forget(self)
+
+
+class DecodingWorker:
+    """Decodes in a thread of its own.
+
+    Args:
+        decoder: used by nobody else.
+        max_batch: of the decoder.
+        max_waiting: requests that may wait for a slot.
+    """
+
+    def __init__(self, decoder: FusedDecoder, max_batch: int, max_waiting: int) -> None:
+        self._decoder = decoder
+        self._capacity = max_batch + max_waiting
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._answers: dict[int, Answer] = {}  # of the thread
+        self._num_requests = 0  # of the event loop
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting."""
+        return self._num_requests
+
+    async def submit(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
+    ) -> Answer:
+        """Hand in a request; see `FusedDecoder.submit`.
+
+        Raises:
+            BusyError: too many are running and waiting.
+            ClosingError: the worker is closing.
+            UltrafuserError: the decoder refuses it.
+        """
+        if self._closing:
+            raise ClosingError("the server is shutting down. Ask again later.")
+        if self._num_requests >= self._capacity:
+            raise BusyError(
+                f"{self._num_requests} requests are running and waiting, which is all that the server takes. Ask again."
+            )
+        answer = Answer(self, asyncio.get_running_loop())
+        accepted: Future[None] = Future()
+        self._num_requests += 1
+        self._inbox.put(lambda: self._accept(answer, accepted, prompts, params, only))
+        try:
+            await asyncio.wrap_future(accepted)
+        except BaseException:
+            self.forget(answer)
+            raise
+        return answer
+
+    def forget(self, answer: Answer) -> None:
+        """Let go of an answer that nobody reads any more, and cancel it if it runs; in the event loop."""
+        if not answer.forgotten:
+            answer.forgotten = True
+            self._num_requests -= 1
+            self._inbox.put(lambda: self._cancel(answer))
+
+    def close(self) -> None:
+        """Finish what runs, take nothing more, and end the thread; it blocks."""
+        self._closing = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_for_more = True
+        while open_for_more or self._answers:
+            while not self._inbox.empty() or (open_for_more and not self._answers):
+                wish = self._inbox.get()
+                if wish is None:
+                    open_for_more = False
+                else:
+                    wish()
+            if self._answers:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            found = self._decoder.step()
+        except (
+            Exception
+        ) as error:  # whatever it is, those who wait have to hear of it, and others can be served
+            for request_id, answer in self._answers.items():
+                self._decoder.cancel(request_id)
+                answer.put(error)
+            self._answers.clear()
+            return
+        for request_id, token in found:
+            answer = self._answers[request_id]
+            answer.put(token)
+            if token.finish is not None:
+                answer.put(None)
+                del self._answers[request_id]
+
+    def _accept(
+        self,
+        answer: Answer,
+        accepted: "Future[None]",
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        only: str | None,
+    ) -> None:
+        if not accepted.set_running_or_notify_cancel():
+            return  # who asked is gone
+        try:
+            answer.request_id = self._decoder.submit(prompts, params, only)
+        except Exception as error:  # it belongs to who asked, not to this thread
+            accepted.set_exception(error)
+            return
+        if params.max_new_tokens > 0:
+            self._answers[answer.request_id] = answer
+        else:
+            answer.put(None)
+        accepted.set_result(None)
+
+    def _cancel(self, answer: Answer) -> None:
+        if self._answers.pop(answer.request_id, None) is not None:
+            self._decoder.cancel(answer.request_id)

@@ -1,0 +1,337 @@
+"""The native server as its clients see it: a real one on loopback, over a tiny random model."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from conftest import fused_over, save_model, tiny_model
+
+from ultrafuser.decoding.engine import FusedDecoder
+from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
+from ultrafuser.modeling.checkpoint import save_fused
+from ultrafuser.modeling.specialists import WholeSpecialists
+from ultrafuser.serving.app import ServerSettings, create_app
+from ultrafuser.serving.worker import BusyError, DecodingWorker
+
+QUESTION = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def fused(tokenizer):
+    names = ("a", "b")
+    model = fused_over(WholeSpecialists({name: tiny_model(seed=seed) for seed, name in enumerate(names, 1)}))
+    members = [replace(member, template=tokenizer.chat_template) for member in model.config.members]
+    model.config.specialists = [vars(member) for member in members]
+    return FusedModel(model, tokenizer)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A server on a free port of loopback, in a thread."""
+
+    def __init__(self, fused, **settings):
+        settings = ServerSettings(**{"name": "tiny", "max_batch": 4, **settings})
+        self.decoder = FusedDecoder(*fused, max_batch=settings.max_batch)
+        app = create_app(fused, self.decoder, settings)
+        self.port = free_port()
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def stop(self):
+        self.uvicorn.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(fused):
+    server = Server(fused)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+def expected(fused, max_new_tokens, **settings):
+    """Tokens and text of the engine itself."""
+    prompts = fused.model.conversation_encoder(fused.tokenizer).prompt(QUESTION)
+    params = SamplingParams(max_new_tokens=max_new_tokens, **settings)
+    steps = list(FusedDecoder(*fused).stream(prompts, params))
+    return steps, "".join(step.text for step in steps)
+
+
+def ask(client, **settings):
+    return client.chat.completions.create(model="tiny", messages=QUESTION, **{"temperature": 0, **settings})
+
+
+def test_the_model_is_listed_with_its_specialists(client):
+    (model,) = client.models.list().data
+    assert (model.id, model.specialists) == ("tiny", ["a", "b"])
+
+
+def test_a_conversation_is_answered_as_by_the_engine(client, fused):
+    steps, text = expected(fused, 12)
+    response = ask(client, max_tokens=12)
+    (choice,) = response.choices
+    assert choice.message.content == text
+    assert choice.finish_reason == {"end": "stop", "length": "length"}[steps[-1].finish]
+    prompt = fused.model.conversation_encoder(fused.tokenizer).prompt(QUESTION)[0]
+    used = response.usage
+    assert (used.prompt_tokens, used.completion_tokens) == (len(prompt), len(steps))
+    assert used.total_tokens == len(prompt) + len(steps)
+    assert choice.fusion["specialists"] == ["a", "b"]
+    for weights, step in zip(choice.fusion["gate_weights"], steps, strict=True):
+        assert weights == pytest.approx(step.gate_weights, abs=1e-4)
+    assert len(choice.fusion["tokens"]) == len(steps)
+
+
+def test_a_stream_says_the_same_with_the_weights_of_every_token(client, fused):
+    steps, text = expected(fused, 12)
+    chunks = list(ask(client, max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    *parts, last = chunks
+    assert "".join(part.choices[0].delta.content for part in parts) == text
+    weights = [row for part in parts for row in part.choices[0].fusion["gate_weights"]]
+    assert len(weights) == len(steps)
+    assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in weights)
+    assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].choices[0].finish_reason is not None
+    assert (last.choices, last.usage.completion_tokens) == ([], len(steps))
+
+
+def test_choices_have_seeds_of_their_own_that_repeat(client, fused):
+    settings = {"n": 3, "seed": 5, "temperature": 1.5, "max_tokens": 8}
+    first, second = (ask(client, **settings) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in second.choices]
+    assert texts == [expected(fused, 8, temperature=1.5, seed=seed)[1] for seed in (5, 6, 7)]
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert len(set(texts)) > 1
+
+
+def test_log_probabilities_stop_texts_and_one_specialist(client, fused):
+    steps, text = expected(fused, 8, logprobs=2)
+    choice = ask(client, max_tokens=8, logprobs=True, top_logprobs=2).choices[0]
+    for entry, step in zip(choice.logprobs.content, steps, strict=True):
+        assert entry.logprob == pytest.approx(step.logprob, abs=1e-4)
+        assert [best.logprob for best in entry.top_logprobs] == pytest.approx(
+            [value for _, value in step.alternatives], abs=1e-4
+        )
+    stop = text[2:4]
+    choice = ask(client, max_tokens=8, stop=[stop]).choices[0]
+    assert choice.message.content == text[: text.index(stop)]
+    assert choice.finish_reason == "stop"
+    choice = ask(client, max_tokens=4, extra_body={"specialist": "b"}).choices[0]
+    assert all(weights == [0, 1] for weights in choice.fusion["gate_weights"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_allowed_are_none(client, stream):
+    response = ask(client, max_tokens=0, stream=stream)
+    (choice,) = next(iter(response)).choices if stream else response.choices
+    assert choice.finish_reason == "length"
+    assert (choice.delta if stream else choice.message).content == ""
+
+
+def test_a_text_is_continued(client, fused):
+    ids = fused.tokenizer("User: hi")["input_ids"]
+    steps = list(FusedDecoder(*fused).stream([ids, ids], SamplingParams(max_new_tokens=6, logprobs=1)))
+    text = "".join(step.text for step in steps)
+    settings = {"model": "tiny", "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    for prompt in ("User: hi", ids):
+        response = client.completions.create(prompt=prompt, **settings)
+        assert response.choices[0].text == text
+        logprobs = response.choices[0].logprobs
+        assert logprobs.token_logprobs == pytest.approx([step.logprob for step in steps], abs=1e-4)
+        assert logprobs.text_offset[0] == 0
+    several = client.completions.create(prompt=["User: hi", "User: ho"], **settings)
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert several.choices[0].text == text
+    streamed = client.completions.create(prompt="User: hi", stream=True, **settings)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"model": "other"}, 404, "no model 'other'"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, "user"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, 400, "role"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"max_tokens": 100_000}, 400, "reads at most 256 tokens"),
+        ({"n": 0}, 400, "n:"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"tools": []}, 400, "tools"),
+        ({"specialist": "c"}, 400, "there is no specialist 'c'"),
+        ({"stop": [""]}, 400, "stop must be"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_refused_in_openais_form(server, change, status, words):
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 4, **change}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("ids", [[], [5, 100_000], [-1]])
+def test_ids_that_are_no_prompt_are_refused(server, ids):
+    body = {"model": "tiny", "prompt": ids}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_what_is_no_json_or_too_large_or_nowhere_is_refused(server):
+    url = f"{server.url}/v1/chat/completions"
+    assert httpx.post(url, content=b"{").status_code == 400
+    assert httpx.post(url, content=b" " * (2**20 + 1)).status_code == 413
+    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_a_key_is_asked_for_where_there_is_one(fused):
+    server = Server(fused, api_key="secret")
+    try:
+        for headers in ({"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}, {}):
+            response = httpx.get(f"{server.url}/v1/models", headers=headers)
+            assert (response.status_code, response.json()["error"]["type"]) == (401, "authentication_error")
+        assert server.client("secret").models.list().data
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_a_client_that_leaves_cancels_and_metrics_say_what_was_done(fused):
+    server = Server(fused)
+    try:
+        body = {"model": "tiny", "messages": QUESTION, "stream": True, "max_tokens": 150, "logit_bias": {}}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            next(response.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": False}, timeout=0.05)
+        deadline = time.monotonic() + 20
+        while server.decoder.num_active + server.decoder.num_waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.decoder.num_active + server.decoder.num_waiting == 0
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "ultrafuser_requests 0.0" in metrics
+        assert 'ultrafuser_responses_total{status="200"}' in metrics
+        means = [
+            float(line.split()[-1])
+            for line in metrics.splitlines()
+            if line.startswith("ultrafuser_mean_gate")
+        ]
+        assert sum(means) == pytest.approx(1, abs=1e-4)
+    finally:
+        server.stop()
+
+
+def test_what_runs_is_finished_when_the_server_ends(fused):
+    server = Server(fused)
+    stream = iter(ask(server.client(), max_tokens=100, stream=True))
+    parts = [next(stream)]
+    server.uvicorn.should_exit = True
+    parts += stream
+    assert "".join(part.choices[0].delta.content for part in parts) == expected(fused, 100)[1]
+    server.stop()
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path, tokenizer):
+    folder = save_model(tmp_path / "base", tiny_model(), tokenizer)
+    save_fused(fuse({name: SpecialistSource(model=folder) for name in "ab"}, gate_size=8), tmp_path / "fused")
+    port = free_port()
+    code = "from ultrafuser.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(tmp_path / "fused"), "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr.readline().strip() == f"fused at http://127.0.0.1:{port}/v1"
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=5)
+            assert client.models.list().data[0].id == "fused"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) in (0, -signal.SIGINT)
+        finally:
+            process.kill()
+
+
+def test_many_clients_get_what_each_gets_alone(server, fused):
+    async def all_at_once():
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120) as client:
+            return await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model="tiny", messages=QUESTION, temperature=0.9, seed=seed, max_tokens=5 + seed
+                    )
+                    for seed in range(12)
+                )
+            )
+
+    for seed, response in enumerate(asyncio.run(all_at_once())):
+        steps, text = expected(fused, 5 + seed, temperature=0.9, seed=seed)
+        assert response.choices[0].message.content == text
+        assert response.usage.completion_tokens == len(steps)
+
+
+def test_more_requests_than_may_wait_are_told_to_come_again(fused):
+    server = Server(fused, max_batch=1, max_waiting=0)
+    try:
+        stream = ask(server.client(), max_tokens=150, stream=True)
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(server.client(), max_tokens=1)
+        assert caught.value.response.headers["retry-after"] == "1"
+        stream.close()
+    finally:
+        server.stop()
+
+
+def test_a_failing_step_is_told_to_those_who_wait_and_to_nobody_else(fused, monkeypatch):
+    async def story():
+        decoder = FusedDecoder(*fused, max_batch=2)
+        worker = DecodingWorker(decoder, 2, 0)
+        prompts, params = [[5], [6]], SamplingParams(max_new_tokens=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                decoder._backbones[0], "read", lambda *_: (_ for _ in ()).throw(MemoryError("none"))
+            )
+            answer = await worker.submit(prompts, params)
+            with pytest.raises(MemoryError, match="none"):
+                async for _ in answer:
+                    pass
+        waiting = [await worker.submit(prompts, params) for _ in range(2)]
+        with pytest.raises(BusyError):
+            await worker.submit(prompts, params)
+        lengths = []
+        for answer in waiting:
+            lengths.append(sum([len(steps) async for steps in answer]))
+        await asyncio.to_thread(worker.close)
+        return lengths, worker.num_requests
+
+    assert asyncio.run(story()) == ([4, 4], 0)
