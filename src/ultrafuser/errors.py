@@ -1,5 +1,8 @@
 """The one error family of the package: every message is written for the person who has to act on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UltrafuserError(ValueError):
     """A setting, file or tensor is not what it has to be.
@@ -31,3 +34,19 @@ class ConversationTooLongError(TemplateError):
 
 class CheckpointError(UltrafuserError):
     """A model folder is incomplete, inconsistent or in a form that is not loaded (such as a pickle)."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put the place of a conversation, such as file and line, before what is wrong with it.
+
+    Args:
+        where: the place.
+
+    Raises:
+        TemplateError: of the same class as one that is raised inside.
+    """
+    try:
+        yield
+    except TemplateError as error:
+        raise type(error)(f"{where}: {error}") from error

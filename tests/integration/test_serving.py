@@ -44,9 +44,9 @@ def free_port():
 class Server:
     """A server on a free port of loopback, in a thread."""
 
-    def __init__(self, fused, **settings):
-        settings = ServerSettings(**{"name": "tiny", "max_batch": 4, **settings})
-        self.decoder = FusedDecoder(*fused, max_batch=settings.max_batch)
+    def __init__(self, fused, max_batch=4, **settings):
+        settings = ServerSettings(name="tiny", **settings)
+        self.decoder = FusedDecoder(*fused, max_batch=max_batch)
         app = create_app(fused, self.decoder, settings)
         self.port = free_port()
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
@@ -315,7 +315,7 @@ def test_more_requests_than_may_wait_are_told_to_come_again(fused):
 def test_a_failing_step_is_told_to_those_who_wait_and_to_nobody_else(fused, monkeypatch):
     async def story():
         decoder = FusedDecoder(*fused, max_batch=2)
-        worker = DecodingWorker(decoder, 2, 0)
+        worker = DecodingWorker(decoder, 0)
         prompts, params = [[5], [6]], SamplingParams(max_new_tokens=4)
         with monkeypatch.context() as patch:
             patch.setattr(

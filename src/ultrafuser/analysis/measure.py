@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ultrafuser.analysis.traces import FUSED, UNIFORM, Measurement, TokenTrace, loss_rows
 from ultrafuser.decoding.text import token_texts
-from ultrafuser.errors import TemplateError, UltrafuserError
+from ultrafuser.errors import UltrafuserError, located
 from ultrafuser.fusion import token_losses
 from ultrafuser.fusion.loss import IGNORE_INDEX
 from ultrafuser.modeling.model import UltraFuserForCausalLM
@@ -93,10 +93,8 @@ def measure(
 def _encoded(
     encoder: ConversationEncoder, messages: Conversation, too_long: Literal["truncate", "error"], where: str
 ) -> EncodedConversation:
-    try:
+    with located(where):
         return encoder.encode(messages, too_long=too_long)
-    except TemplateError as error:
-        raise type(error)(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

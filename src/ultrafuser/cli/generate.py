@@ -22,7 +22,7 @@ from ultrafuser.cli.opening import (
     whether_to_speculate,
 )
 from ultrafuser.cli.report import provenance, write_metrics
-from ultrafuser.errors import TemplateError, UltrafuserError
+from ultrafuser.errors import UltrafuserError, located
 from ultrafuser.files import atomic_write
 from ultrafuser.progress import ProgressBar
 
@@ -186,10 +186,8 @@ def _requests(
     encoder = fused.model.conversation_encoder(fused.tokenizer)
     requests: list[tuple[Sequence[Sequence[int]], SamplingParams]] = []
     for index, asked in enumerate(prompts):
-        try:
+        with located(asked.where):
             ids = encoder.prompt(asked.messages, max_new_tokens=params.max_new_tokens)
-        except TemplateError as error:
-            raise TemplateError(f"{asked.where}: {error}") from error
         requests.append((ids, replace(params, seed=params.seed + index)))
     return requests
 

@@ -51,7 +51,7 @@ def serve(
         bool,
         typer.Option(
             "--speculate/--no-speculate",
-            help="Draft several tokens at once where that is faster; a seed then decides greedy responses only.",
+            help="Draft several tokens at once where that is faster; a seed then no longer decides samples.",
         ),
     ] = False,
     dtype: DtypeOption = None,
@@ -75,7 +75,6 @@ def serve(
     fused = open_model(model, dtype, device)
     settings = ServerSettings(
         name=Path(model).name if name is None else name,
-        max_batch=max_batch,
         max_waiting=max_waiting,
         max_new_tokens=max_new_tokens,
         api_key=api_key,

@@ -88,6 +88,7 @@ class FusedDecoder:
         draft_model: a small model of the same vocabulary that drafts instead; it reads the first specialist's prompts.
 
     Attributes:
+        max_batch: as given.
         stats: what was done so far.
 
     Raises:
@@ -110,7 +111,7 @@ class FusedDecoder:
             raise UltrafuserError(
                 "the model is in training mode, in which it leaves out at random. Call model.eval()."
             )
-        self._model, self._tokenizer, self._max_batch = model, tokenizer, max_batch
+        self._model, self._tokenizer, self.max_batch = model, tokenizer, max_batch
         self._heads = model.bank.heads()
         _, weights = scale_hidden_states(
             [torch.zeros(1, size, device=model.device) for size in model.bank.hidden_sizes],
@@ -122,9 +123,8 @@ class FusedDecoder:
         self._waiting: deque[Conversation] = deque()
         self._active: list[Conversation] = []  # its place is its slot
         self._ids = itertools.count()
-        self._queues: dict[
-            int, deque[TokenStep]
-        ] = {}  # of requests that `stream` and `respond` have handed in
+        # Of requests that `stream` and `respond` have handed in: tokens that are not read yet.
+        self._queues: dict[int, deque[TokenStep]] = {}
         self.stats = DecodingStats()
         self._num = model.num_specialists
         self._folded = self._backbones[0].rows_per_slot == self._num
@@ -233,7 +233,7 @@ class FusedDecoder:
             (request id, token) in the order of the responses; empty when there is nothing to do.
         """
         known = self._active.copy()
-        while self._waiting and len(self._active) < self._max_batch:
+        while self._waiting and len(self._active) < self.max_batch:
             self._active.append(self._waiting.popleft())
         chosen: list[_Chosen] = []
         try:
@@ -242,6 +242,8 @@ class FusedDecoder:
             if len(known) < len(self._active):
                 chosen += self._read_prompts(len(known))
         except BaseException:
+            for conversation in self._active:
+                self._queues.pop(conversation.request_id, None)
             self._active.clear()
             raise
         return [emitted for found in chosen for emitted in self._say(found)]
@@ -249,7 +251,7 @@ class FusedDecoder:
     def stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
     ) -> Iterator[TokenStep]:
-        """One response, token by token; see `submit`. Leaving the iterator early cancels it."""
+        """One response, token by token; see `submit` and `respond`. Leaving the iterator early cancels it."""
         return self._stream(self._conversation(prompts, params, only))
 
     def respond(
@@ -262,12 +264,15 @@ class FusedDecoder:
 
         Yields:
             (index of the request, its response), in the order in which they are done.
+
+        Raises:
+            UltrafuserError: as `submit`; or a request was dropped because a step failed while another reader waited.
         """
         source = enumerate(requests)
         responses: dict[int, tuple[int, list[TokenStep]]] = {}
         try:
             while True:
-                while len(responses) < self._max_batch:
+                while len(responses) < self.max_batch:
                     index, request = next(source, (None, None))
                     if index is None or request is None:
                         break
@@ -278,7 +283,7 @@ class FusedDecoder:
                     responses[self._hand_in(self._conversation(*request, None))] = (index, [])
                 if not responses:
                     return
-                self._step_for_queues()
+                self._step_for_queues(responses)
                 for request_id, (index, tokens) in list(responses.items()):
                     queue = self._queues[request_id]
                     tokens += queue
@@ -298,7 +303,7 @@ class FusedDecoder:
         try:
             while True:
                 while not queue:
-                    self._step_for_queues()
+                    self._step_for_queues([request_id])
                 token = queue.popleft()
                 yield token
                 if token.finish is not None:
@@ -312,7 +317,10 @@ class FusedDecoder:
         self._queues[conversation.request_id] = deque()
         return conversation.request_id
 
-    def _step_for_queues(self) -> None:
+    def _step_for_queues(self, waited_for: Iterable[int]) -> None:
+        """Step, and put tokens where their readers look; those waited for must still be there."""
+        if any(request_id not in self._queues for request_id in waited_for):
+            raise UltrafuserError("a request was dropped when a step failed for another reader. Ask again.")
         for request_id, token in self.step():
             if request_id in self._queues:
                 self._queues[request_id].append(token)
@@ -324,7 +332,6 @@ class FusedDecoder:
         ids = pad_sequence(rows, batch_first=True).view(len(newcomers), self._model.num_specialists, -1)
         lengths = torch.tensor([[len(prompt) for prompt in c.prompts] for c in newcomers])
         states = self._read(ids, Slots(range(first, len(self._active))), torch.zeros_like(lengths))
-        self.stats.passes -= len(self._backbones)  # those of prompts are not counted
         for conversation, read in zip(newcomers, lengths.tolist(), strict=True):
             conversation.read = read
         places = torch.arange(len(newcomers))
@@ -368,6 +375,7 @@ class FusedDecoder:
         rows = [[c.response[-1], *draft.tokens] for c, draft in zip(conversations, drafts, strict=True)]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).unsqueeze(1)
         starts = torch.tensor([c.read for c in conversations])
+        self.stats.passes += len(self._backbones)
         states = self._read(ids.expand(-1, self._num, -1), Slots(range(len(conversations))), starts)
         return self._choose(conversations, drafts, states, [len(row) for row in rows])
 
@@ -393,7 +401,6 @@ class FusedDecoder:
     def _read(self, ids: Tensor, slots: Slots, starts: Tensor) -> list[Tensor]:
         """Run all specialists over ids (A, N, T): N tensors (A, T, H_j)."""
         ids = ids.to(self._model.device)
-        self.stats.passes += len(self._backbones)
         if self._folded:
             return list(self._backbones[0].read(ids, slots, starts).unbind(1))
         return [

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ultrafuser.decoding.engine import FusedDecoder
+from ultrafuser.decoding.engine import FusedDecoder, TokenStep
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.modeling.assembly import FusedModel
 from ultrafuser.serving.metrics import ServerMetrics
@@ -34,8 +34,7 @@ class ServerSettings:
 
     Attributes:
         name: of the model, as clients call it.
-        max_batch: requests that are decoded together.
-        max_waiting: requests that may wait for that; more are refused with status 429.
+        max_waiting: requests that may wait for a slot of the decoder; more are refused with status 429.
         max_new_tokens: tokens of a response at most, whatever a request asks for; None leaves it to the context.
         max_body_bytes: of a request; more is refused with status 413.
         api_key: what clients have to bring as a bearer token; None asks for nothing.
@@ -43,7 +42,6 @@ class ServerSettings:
     """
 
     name: str
-    max_batch: int = 8
     max_waiting: int = 64
     max_new_tokens: int | None = None
     max_body_bytes: int = 2**20
@@ -56,7 +54,7 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
 
     Args:
         fused: model and tokenizer.
-        decoder: over them, with `settings.max_batch` slots.
+        decoder: over them.
         settings: how it behaves.
     """
     service = _Service(fused, decoder, settings)
@@ -108,7 +106,7 @@ class _Service:
         self._encoder = fused.model.conversation_encoder(fused.tokenizer)
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
-        self.worker = DecodingWorker(decoder, settings.max_batch, settings.max_waiting)
+        self.worker = DecodingWorker(decoder, settings.max_waiting)
         self.metrics = ServerMetrics(fused.model.specialist_names, lambda: self.worker.num_requests)
 
     async def authorise(self, request: Request) -> None:
@@ -233,9 +231,9 @@ class _Service:
         room += [] if most is None else [most]
         return max(min(room, default=512), 1)
 
-    async def _parts(self, job: _Job) -> AsyncIterator[tuple[Choice, Any]]:
+    async def _parts(self, job: _Job) -> AsyncIterator[tuple[Choice, list[TokenStep]]]:
         """Tokens of all choices as they come."""
-        parts: asyncio.Queue[tuple[Choice, Any] | Exception | None] = asyncio.Queue()
+        parts: asyncio.Queue[tuple[Choice, list[TokenStep]] | Exception | None] = asyncio.Queue()
 
         async def pump(choice: Choice, answer: Answer) -> None:
             try:
@@ -266,7 +264,7 @@ class _Service:
 
     async def _collect(self, job: _Job) -> dict[str, Any]:
         """The whole response."""
-        steps: dict[int, list[Any]] = {index: [] for index in range(len(job.choices))}
+        steps: dict[int, list[TokenStep]] = {index: [] for index in range(len(job.choices))}
         async for choice, some in self._parts(job):
             steps[job.choices.index(choice)] += some
         choices = [choice.part(steps[index], is_delta=False) for index, choice in enumerate(job.choices)]
@@ -282,8 +280,7 @@ class _Service:
                 yield _event({**head, "choices": [choice.part(steps, is_delta=True)], **rest})
             for choice in job.choices:
                 if not choice.steps:  # no token was allowed
-                    last = choice.part([], is_delta=True) | {"finish_reason": "length"}
-                    yield _event({**head, "choices": [last], **rest})
+                    yield _event({**head, "choices": [choice.part([], is_delta=True)], **rest})
             if include_usage:
                 yield _event({**head, "choices": [], "usage": usage(job.prompt_tokens, job.choices)})
         except Exception as error:  # the status is long sent: this is the only place left to say it

@@ -186,7 +186,7 @@ class Choice:
             is_delta: whether it is a chunk.
         """
         text = "".join(step.text for step in steps)
-        finish = steps[-1].finish if steps else "length" if not is_delta else None
+        finish = steps[-1].finish if steps else "length"  # none at all, because none was allowed
         offset = sum(len(step.text) for step in self.steps)
         self.steps += steps
         choice: dict[str, Any] = {
@@ -242,6 +242,6 @@ def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
     }
 
 
-def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}

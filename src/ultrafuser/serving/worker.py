@@ -69,13 +69,12 @@ class DecodingWorker:
 
     Args:
         decoder: used by nobody else.
-        max_batch: of the decoder.
         max_waiting: requests that may wait for a slot.
     """
 
-    def __init__(self, decoder: FusedDecoder, max_batch: int, max_waiting: int) -> None:
+    def __init__(self, decoder: FusedDecoder, max_waiting: int) -> None:
         self._decoder = decoder
-        self._capacity = max_batch + max_waiting
+        self._capacity = decoder.max_batch + max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, Answer] = {}  # of the thread
         self._num_requests = 0  # of the event loop

@@ -28,7 +28,7 @@ from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 from ultrafuser.modeling.templates import ConversationEncoder
 from ultrafuser.training.data import Messages, load_domain_conversations
 from ultrafuser.training.inputs import describe_files, describe_specialists, describe_tokens
-from ultrafuser.training.recipe import FusionRecipe, LoraSettings, SpecializeRecipe
+from ultrafuser.training.recipe import FusionRecipe, SpecializeRecipe
 from ultrafuser.training.stages import (
     EncodedData,
     StageResult,
@@ -378,8 +378,7 @@ def _open_single(recipe: SpecializeRecipe) -> FusedModel:
     bare = fused.model.bank
     assert isinstance(bare, AdapterSpecialists)
     base = bare.base
-    lora = LoraSettings() if recipe.lora is None else recipe.lora
-    adapter = fresh_adapter(base, lora, recipe.model, recipe.seed)
+    adapter = fresh_adapter(base, recipe.lora, recipe.model, recipe.seed)
     model = UltraFuserForCausalLM(fused.model.config, AdapterSpecialists(base, {_NAME: adapter}))
     return FusedModel(model.eval(), fused.tokenizer)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ultrafuser.errors import ConversationTooLongError, DataError, RecipeError, TemplateError
+from ultrafuser.errors import ConversationTooLongError, DataError, RecipeError, located
 from ultrafuser.modeling.lora import Adapter
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
@@ -90,15 +90,16 @@ def encode_data(
     for domain, rows in conversations.items():
         encoded[domain] = {}
         for place, row in enumerate(rows):
-            try:
-                encoded[domain][place] = encoder.encode(row)
-            except TemplateError as error:
-                if too_long == "error" or not isinstance(error, ConversationTooLongError):
-                    raise type(error)(f"{section}.{domain}, conversation {place + 1}: {error}") from error
-                rest = _shortened(encoder, row) if too_long == "truncate" else None
-                (dropped if rest is None else truncated)[domain] += 1
-                if rest is not None:
-                    encoded[domain][place] = rest
+            with located(f"{section}.{domain}, conversation {place + 1}"):
+                try:
+                    encoded[domain][place] = encoder.encode(row)
+                except ConversationTooLongError:
+                    if too_long == "error":
+                        raise
+                    rest = _shortened(encoder, row) if too_long == "truncate" else None
+                    (dropped if rest is None else truncated)[domain] += 1
+                    if rest is not None:
+                        encoded[domain][place] = rest
         if not encoded[domain]:
             raise DataError(
                 f"{section}.{domain}: all {len(rows)} conversations are longer than a specialist reads "
@@ -231,9 +232,7 @@ def check_stage2(model: UltraFuserForCausalLM, settings: Stage2) -> None:
     if isinstance(bank, WholeSpecialists):
         if settings.train == "lora":
             for specialist in bank.models:
-                fresh_adapter(
-                    specialist, LoraSettings() if settings.lora is None else settings.lora, "", seed=0
-                )
+                fresh_adapter(specialist, settings.lora, "", seed=0)
         return
     assert isinstance(bank, AdapterSpecialists)
     if settings.train == "full":
@@ -301,15 +300,16 @@ def hold_in(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def fresh_adapter(base: nn.Module, lora: LoraSettings, base_name: str, seed: int) -> Adapter:
+def fresh_adapter(base: nn.Module, lora: LoraSettings | None, base_name: str, seed: int) -> Adapter:
     """A new adapter over a base, with a PEFT configuration of its own.
 
     Args:
         base: the model it will change.
-        lora: rank, alpha and layers.
+        lora: rank, alpha and layers; the defaults when None.
         base_name: written into the configuration.
         seed: of its random start.
     """
+    lora = LoraSettings() if lora is None else lora
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -253,6 +253,19 @@ def test_a_step_that_fails_leaves_a_decoder_that_works(model, tokenizer, monkeyp
     assert dict(decoder.respond([(prompts, PARAMS)])) == {0: expected}
 
 
+def test_a_reader_hears_of_a_step_that_failed_for_another(model, tokenizer, monkeypatch):
+    decoder = FusedDecoder(model, tokenizer)
+    first, second = (decoder.stream(PROMPTS, PARAMS) for _ in range(2))
+    next(first), next(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder._backbones[-1], "read", lambda *_: (_ for _ in ()).throw(MemoryError("none")))
+        with pytest.raises(MemoryError):
+            list(first)
+    with pytest.raises(UltrafuserError, match="dropped when a step failed for another reader"):
+        list(second)
+    assert (decoder.num_active, decoder.num_waiting) == (0, 0)
+
+
 def test_a_conversation_may_leave_as_another_joins_that_the_draft_model_has_not_read(model, tokenizer):
     draft = tiny_model(seed=4)
     decoder = FusedDecoder(model, tokenizer, max_batch=2, draft_model=draft)
