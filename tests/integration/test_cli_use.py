@@ -25,6 +25,7 @@ from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
 from ultrafuser.decoding.text import TextStream
 from ultrafuser.errors import UltrafuserError
+from ultrafuser.modeling.templates import BUILTIN_TEMPLATES
 
 NAMES = ["a", "b"]
 
@@ -355,6 +356,20 @@ def test_export_makes_what_others_open(model, tmp_path):
     assert (
         succeeds("generate", tmp_path / "whole", *asked).stdout == succeeds("generate", model, *asked).stdout
     )
+
+
+def test_export_gives_all_specialists_one_template(model, tmp_path):
+    succeeds("export", model, "-o", tmp_path / "one", "--template", "alpaca")
+    opened = open_fused(tmp_path / "one")
+    (template,) = {member.template for member in opened.model.config.members}
+    assert template == BUILTIN_TEMPLATES["alpaca"]
+    assert opened.tokenizer.chat_template == template  # for programs that ask no specialist
+    tokenizers = open_fused(model).tokenizer
+    assert tokenizers.chat_template != template
+    assert "Did you mean 'alpaca'" in refused(
+        "export", model, "-o", tmp_path / "two", "--template", "alpacca"
+    )
+    assert not (tmp_path / "two").exists()
 
 
 def test_an_adapter_is_written_in_the_type_asked_for(model, tmp_path):

@@ -35,6 +35,14 @@ def export(
         str | None,
         typer.Option("--name", help="The specialist, for --form specialist and adapter.", show_default=False),
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            help="A chat template for all specialists: a built-in name, tokenizer, or Jinja text.",
+            show_default="each its own",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Write a fused model, or one of its specialists, in another form.
@@ -57,6 +65,7 @@ def export(
     require_new_folder(output)
     fused = open_model(model, dtype, "cpu")
     with status_line(f"Writing {output}"):
-        write(fused, output, form.value, name, None if dtype is None else getattr(torch, dtype.value))
+        chosen = None if dtype is None else getattr(torch, dtype.value)
+        write(fused, output, form.value, name, chosen, template)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     Console().print(f"Wrote {form.value} to {output} ({size / 1e6:,.1f} MB).", markup=False, highlight=False)

@@ -178,8 +178,18 @@ def read_gate(folder: str | os.PathLike[str]) -> StoredGate:
 
 
 def save_fused(fused: FusedModel, folder: str | os.PathLike[str], gate_only: bool = False) -> None:
-    """Write model and tokenizer into one folder that `open_fused` and the Auto classes read."""
-    fused.tokenizer.save_pretrained(folder)
+    """Write model and tokenizer into one folder that `open_fused` and the Auto classes read.
+
+    Where all specialists read one chat template, the written tokenizer has it, for programs that ask no specialist.
+    """
+    tokenizer, templates = fused.tokenizer, {member.template for member in fused.model.config.members}
+    own = tokenizer.chat_template
+    try:
+        if len(templates) == 1 and None not in templates:
+            (tokenizer.chat_template,) = templates
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = own
     fused.model.save_pretrained(folder, gate_only=gate_only)
 
 

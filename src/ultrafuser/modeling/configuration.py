@@ -138,6 +138,22 @@ class UltraFuserConfig(PretrainedConfig):
         return len(self.specialists)
 
 
+def shared_template(config: UltraFuserConfig) -> str | None:
+    """The one chat template that all specialists read; None when theirs are not known.
+
+    Raises:
+        UltrafuserError: they read different ones.
+    """
+    templates = {member.template for member in config.members}
+    if len(templates) > 1:
+        raise UltrafuserError(
+            f"the specialists ({', '.join(config.specialist_names)}) read {len(templates)} different chat templates, "
+            "but here all read one prompt. Give them one (`ultrafuser export MODEL -o DIR --template NAME`, better "
+            "followed by stage 2), or use `ultrafuser serve --engine native`."
+        )
+    return next(iter(templates), None)
+
+
 def without_sources(config: UltraFuserConfig) -> UltraFuserConfig:
     """The configuration of a model whose specialists were trained further: no longer what their sources hold."""
     nowhere = dict.fromkeys(

@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.files import atomic_write
-from ultrafuser.modeling.assembly import FusedModel, model_from_tensors
+from ultrafuser.modeling.assembly import FusedModel, check_templates, model_from_tensors
 from ultrafuser.modeling.checkpoint import save_fused
 from ultrafuser.modeling.configuration import UltraFuserConfig
 from ultrafuser.modeling.lora import PEFT_PREFIX
 from ultrafuser.modeling.model import UltraFuserForCausalLM
 from ultrafuser.modeling.sources import ADAPTER_WEIGHTS
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
+from ultrafuser.modeling.templates import resolve_template
 
 ExportForm = Literal["self-contained", "gate-only", "whole", "specialist", "adapter"]
 EXPORT_FORMS: tuple[ExportForm, ...] = get_args(ExportForm)
@@ -32,6 +33,7 @@ def export(
     form: ExportForm = "self-contained",
     name: str | None = None,
     dtype: torch.dtype | None = None,
+    template: str | None = None,
 ) -> None:
     """Write a fused model, or one of its specialists, in another form.
 
@@ -48,8 +50,11 @@ def export(
         form: one of `EXPORT_FORMS`.
         name: of the specialist, for the last two forms.
         dtype: of the tensors of an adapter that is written; as they are when None.
+        template: that all specialists read from now on: a built-in name, "tokenizer", or Jinja text. None leaves each
+            its own. Neither specialists nor gate were trained on it, so stage 2 should follow.
 
     Raises:
+        TemplateError: the template is unknown or cannot be aligned.
         UltrafuserError: the folder is in use, `name` is missing, unknown or not wanted, or this model has no
             such form.
     """
@@ -62,6 +67,8 @@ def export(
             else f"form {form} holds all specialists, but a name was given ({name}). Leave the name out."
         )
     require_new_folder(folder)
+    if template is not None:
+        fused = with_template(fused, template)
     with atomic_write(folder) as target:
         if form == "adapter":
             export_adapter(fused.model, str(name), target, dtype)
@@ -82,6 +89,25 @@ def require_new_folder(folder: str | os.PathLike[str]) -> None:
         return
     if path.exists():
         raise UltrafuserError(f"output folder {path} must be new or empty, but it is in use. Choose another.")
+
+
+def with_template(fused: FusedModel, template: str) -> FusedModel:
+    """The same fused model, all of whose specialists read one chat template.
+
+    Args:
+        fused: its configuration is changed in place.
+        template: a built-in name, "tokenizer", or Jinja text.
+
+    Raises:
+        TemplateError: the template is unknown or cannot be aligned; nothing is changed then.
+    """
+    jinja = resolve_template(template, fused.tokenizer)
+    config = fused.model.config
+    settings = config.to_dict() | {"specialists": [s | {"template": jinja} for s in config.specialists]}
+    check_templates(UltraFuserConfig.from_dict(settings), fused.tokenizer)
+    for specialist in config.specialists:
+        specialist["template"] = jinja
+    return fused
 
 
 def as_whole(fused: FusedModel) -> FusedModel:
