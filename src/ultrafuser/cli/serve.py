@@ -1,5 +1,11 @@
 """`ultrafuser serve`: a fused model behind OpenAI's endpoints."""
 
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +16,13 @@ from ultrafuser.cli.opening import DeviceOption, DtypeOption, ModelArgument, ope
 from ultrafuser.errors import UltrafuserError
 
 
+class Engine(StrEnum):
+    """What decodes."""
+
+    NATIVE = "native"
+    VLLM = "vllm"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     app.command(name="serve")(serve)
@@ -17,6 +30,17 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: ModelArgument,
+    vllm_options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM OPTIONS]", help="For `vllm serve`, with --engine vllm."),
+    ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            "--engine",
+            help="native: a template for each specialist, gate weights in every response, the page. vllm: for load.",
+        ),
+    ] = Engine.NATIVE,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[
@@ -33,10 +57,18 @@ def serve(
             show_envvar=True,
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests decoded together.")] = 8,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batch", min=1, help="Requests decoded together.", show_default="8; vllm: its own choice"
+        ),
+    ] = None,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=0, help="Requests that may wait; more are refused (429).")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--max-waiting", min=0, help="Requests that may wait; more are refused (429).", show_default="64"
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -62,8 +94,34 @@ def serve(
     Every choice carries one field more, `fusion`: the specialists, and for each token its text and how much each
     specialist counted. A request may name one `specialist` that answers alone. Ctrl-C finishes what runs.
 
-    Example: ultrafuser serve fused
+    With `--engine vllm` the model is handed to `vllm serve`, which has to be installed; all specialists must read one
+    chat template then.
+
+    Examples: ultrafuser serve fused
+
+    ultrafuser serve fused --engine vllm -- --tensor-parallel-size 2
     """
+    shown = Path(model).name if name is None else name
+    origins = () if cors_origin is None else tuple(cors_origin)
+    if engine is Engine.VLLM:
+        foreign = {
+            "--max-waiting": max_waiting is not None,
+            "--device": device is not None,
+            "--speculate": speculate,
+        }
+        if refused := [option for option, is_given in foreign.items() if is_given]:
+            raise UltrafuserError(
+                f"{', '.join(refused)} is for --engine native. Leave it out; options of vLLM go after `--`."
+            )
+        options = ["--host", host, "--port", str(port), "--served-model-name", shown]
+        options += [] if max_batch is None else ["--max-num-seqs", str(max_batch)]
+        options += [] if dtype is None else ["--dtype", dtype.value]
+        options += ["--allowed-origins", json.dumps(origins)]
+        if max_new_tokens is not None:
+            options += ["--override-generation-config", json.dumps({"max_new_tokens": max_new_tokens})]
+        _become_vllm(model, [*options, *([] if vllm_options is None else vllm_options)], api_key)
+    if vllm_options is not None:
+        raise UltrafuserError(f"{' '.join(vllm_options)}: further options are for --engine vllm.")
     try:
         import uvicorn
 
@@ -74,13 +132,34 @@ def serve(
         ) from error
     fused = open_model(model, dtype, device)
     settings = ServerSettings(
-        name=Path(model).name if name is None else name,
-        max_waiting=max_waiting,
+        name=shown,
+        max_waiting=64 if max_waiting is None else max_waiting,
         max_new_tokens=max_new_tokens,
         api_key=api_key,
-        cors_origins=() if cors_origin is None else tuple(cors_origin),
+        cors_origins=origins,
     )
-    app = create_app(fused, open_decoder(fused, max_batch, speculate), settings)
+    decoder = open_decoder(fused, 8 if max_batch is None else max_batch, speculate)
+    app = create_app(fused, decoder, settings)
     place = f"http://{host}:{port}/v1"
     Console(stderr=True).print(f"{settings.name} at {place}", markup=False, highlight=False, soft_wrap=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def _become_vllm(model: str, options: Sequence[str], api_key: str | None) -> None:
+    """Run `vllm serve` in the place of this process.
+
+    Raises:
+        UltrafuserError: vLLM is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise UltrafuserError(
+            "--engine vllm needs vLLM: pip install 'ultrafuser[vllm]' on a machine with a GPU, or `make vllm` in a "
+            "clone for CPUs."
+        )
+    environment = dict(os.environ)
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = (
+            api_key  # not among the arguments, which everybody on the machine can read
+        )
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
+    os.execve(sys.executable, command, environment)
