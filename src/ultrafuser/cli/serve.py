@@ -89,7 +89,10 @@ def serve(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Serve a fused model to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
+    """Serve a fused model: a page to chat at /, and OpenAI's endpoints.
+
+    These are /v1/chat/completions, /v1/completions and /v1/models; /health says whether the server runs, /metrics what
+    it counted.
 
     Every choice carries one field more, `fusion`: the specialists, and for each token its text and how much each
     specialist counted. A request may name one `specialist` that answers alone. Ctrl-C finishes what runs.
@@ -125,6 +128,7 @@ def serve(
     try:
         import uvicorn
 
+        from ultrafuser.analysis.palette import specialist_colours
         from ultrafuser.serving.app import ServerSettings, create_app
     except ImportError as error:
         raise UltrafuserError(
@@ -137,11 +141,14 @@ def serve(
         max_new_tokens=max_new_tokens,
         api_key=api_key,
         cors_origins=origins,
+        colours=tuple(specialist_colours(fused.model.num_specialists)),
     )
     decoder = open_decoder(fused, 8 if max_batch is None else max_batch, speculate)
     app = create_app(fused, decoder, settings)
-    place = f"http://{host}:{port}/v1"
-    Console(stderr=True).print(f"{settings.name} at {place}", markup=False, highlight=False, soft_wrap=True)
+    place = f"http://{host}:{port}"
+    Console(stderr=True).print(
+        f"{settings.name} at {place}/v1, a page at {place}/", markup=False, highlight=False, soft_wrap=True
+    )
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
 

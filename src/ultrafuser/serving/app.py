@@ -1,19 +1,23 @@
 """The native server: OpenAI's endpoints over one fused model."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,6 +43,7 @@ class ServerSettings:
         max_body_bytes: of a request; more is refused with status 413.
         api_key: what clients have to bring as a bearer token; None asks for nothing.
         cors_origins: web pages of other origins that may ask.
+        colours: of the specialists, in order, for the page at `/`, as `#rrggbb`; None for a server without a page.
     """
 
     name: str
@@ -47,6 +52,7 @@ class ServerSettings:
     max_body_bytes: int = 2**20
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    colours: tuple[str, ...] | None = None
 
 
 def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSettings) -> FastAPI:
@@ -69,6 +75,8 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
     app.get("/v1/models", dependencies=protected)(service.models)
     app.post("/v1/chat/completions", dependencies=protected)(service.chat)
     app.post("/v1/completions", dependencies=protected)(service.complete)
+    if settings.colours is not None:
+        app.get("/", include_in_schema=False)(_Page().show)
     app.get("/health")(service.health)
     app.get("/metrics")(service.show_metrics)
     app.add_exception_handler(RequestValidationError, _malformed)
@@ -84,6 +92,29 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
             allow_headers=["*"],
         )
     return app
+
+
+class _Page:
+    """The page for people: one static file, in which nothing runs but the script that it comes with."""
+
+    def __init__(self) -> None:
+        self._text = (resources.files("ultrafuser.serving") / "page.html").read_text(encoding="utf-8")
+        rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
+        rules += ["form-action 'none'", "frame-ancestors 'none'"]
+        for kind in ("style", "script"):
+            (block,) = re.findall(f"<{kind}>(.*?)</{kind}>", self._text, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+            rules.append(f"{kind}-src 'sha256-{digest}'")
+        self._headers = {
+            "content-security-policy": "; ".join(rules),
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+            "cache-control": "no-cache",
+        }
+
+    async def show(self) -> Response:
+        """Give the page; it asks for the API key itself, where there is one."""
+        return HTMLResponse(self._text, headers=self._headers)
 
 
 @dataclass
@@ -135,6 +166,8 @@ class _Service:
             "owned_by": "ultrafuser",
             "specialists": list(self._fused.model.specialist_names),
         }
+        if self._settings.colours is not None:
+            model["colours"] = list(self._settings.colours)
         return {"object": "list", "data": [model]}
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
