@@ -110,7 +110,9 @@ def ask(page, question="Hello", limit=400):
 
 
 def finished(page):
-    page.wait_for_function("document.querySelector('.token') && !document.querySelector('.busy')")
+    # Not by a condition in JavaScript, which the page's policy does not let anybody evaluate.
+    sync_api.expect(page.locator(".token").last).to_be_visible(timeout=20_000)
+    sync_api.expect(page.locator(".busy")).to_have_count(0, timeout=20_000)
     page.wait_for_timeout(100)  # one more frame
 
 
@@ -220,7 +222,7 @@ def test_the_keyboard_suffices(opened):
     page.keyboard.press("Enter")
     finished(page)
     page.keyboard.press("Shift+Tab")  # from the question back to the last answer (or its Copy button)
-    for _ in range(3):
+    for _ in range(8):
         if page.evaluate("document.activeElement.className") == "body":
             break
         page.keyboard.press("Shift+Tab")
@@ -248,10 +250,11 @@ def test_the_page_asks_for_the_api_key(opened, fused):
         page = opened(server.url)
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
-        page.wait_for_function("document.getElementById('ask').open")
+        sync_api.expect(page.locator("#ask[open]")).to_be_visible()
+        sync_api.expect(page.locator("#key")).to_have_value("")  # asked anew
         page.fill("#key", "secret")
         page.press("#key", "Enter")
-        page.wait_for_function("document.getElementById('model').textContent == 'tiny'")
+        sync_api.expect(page.locator("#model")).to_have_text("tiny")
         ask(page)
         finished(page)
     finally:
