@@ -226,9 +226,10 @@ def test_the_keyboard_suffices(opened):
         if page.evaluate("document.activeElement.className") == "body":
             break
         page.keyboard.press("Shift+Tab")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    assert page.locator(".token.active").first.get_attribute("data-index") == "1"
+    for _ in range(5):  # the first ones are the heading's mark, which is not shown
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator(".token.active").get_attribute("data-index") == "3"
     assert sum(tip_weights(page)) == pytest.approx(1, abs=2e-4)
 
 
