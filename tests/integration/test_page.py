@@ -88,13 +88,15 @@ def opened(browser, server):
     wrong = []
     pages = []
 
-    def open_page(url=server.url, **context):
+    def open_page(url=server.url, settings=True, **context):
         page = browser.new_context(**context).new_page()
         pages.append(page)
         page.set_default_timeout(10_000)
         page.on("request", lambda request: request.url.startswith(url) or wrong.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(url)
+        if settings:
+            page.click("summary")
         return page
 
     yield open_page
@@ -215,6 +217,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(opened, scheme):
 
 def test_the_keyboard_suffices(opened):
     page = opened()
+    page.reload()
     page.keyboard.type("Hello")  # the question has the focus
     page.keyboard.press("Shift+Enter")
     assert page.input_value("#question") == "Hello\n"
@@ -248,7 +251,7 @@ def test_refusals_are_said_in_words_and_the_next_question_works(opened):
 def test_the_page_asks_for_the_api_key(opened, fused):
     server = Server(fused, colours=("#000000", "#ffffff"), api_key="secret")
     try:
-        page = opened(server.url)
+        page = opened(server.url, settings=False)
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
         sync_api.expect(page.locator("#ask[open]")).to_be_visible()
@@ -256,6 +259,7 @@ def test_the_page_asks_for_the_api_key(opened, fused):
         page.fill("#key", "secret")
         page.press("#key", "Enter")
         sync_api.expect(page.locator("#model")).to_have_text("tiny")
+        page.click("summary")
         ask(page)
         finished(page)
     finally:

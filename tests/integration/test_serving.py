@@ -271,8 +271,9 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, tokenizer):
     command = [sys.executable, "-c", code, "serve", str(tmp_path / "fused"), "--port", str(port)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stderr.readline().strip() == f"fused at http://127.0.0.1:{port}/v1"
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=5)
+            url = f"http://127.0.0.1:{port}"
+            assert process.stderr.readline().strip() == f"fused at {url}/v1, a page at {url}/"
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5)
             assert client.models.list().data[0].id == "fused"
             process.send_signal(signal.SIGINT)
             assert process.wait(60) in (0, -signal.SIGINT)

@@ -134,13 +134,16 @@ class Drafter:
         found = backbone.read(ids.to(backbone.device), Slots(rows), torch.tensor(starts))[:, 0]
         wanted = [states[skip : len(text)] for states, skip, text in zip(found, skipped, texts, strict=True)]
         logits = self._logits[index](torch.cat(wanted)).split([len(states) for states in wanted])
+        num_tokens = 0
         for conversation, draft, guess, length, states, scores in zip(
             conversations, drafts, guesses, lengths, wanted, logits, strict=True
         ):
             said = self._say(conversation, draft, guess, length, scores)
             draft.states.append(states[:said])
+            num_tokens += said
         if not any(skipped):
-            self._guess_length.observe(len(rows), ids.shape[-1] - 1, time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            self._guess_length.observe(len(rows), ids.shape[-1] - 1, num_tokens, seconds)
 
     def _say(
         self, conversation: Conversation, draft: Draft, guess: Draft, length: int, logits: Tensor

@@ -350,7 +350,8 @@ class FusedDecoder:
             found.conversation.read = [read + len(found.tokens) for read in found.conversation.read]
         if self._speculates:
             longest = max(len(draft.tokens) for draft in drafts)
-            self._draft_length.observe(len(conversations), longest, time.perf_counter() - start)
+            num_tokens = sum(len(found.tokens) for found in chosen)
+            self._draft_length.observe(len(conversations), longest, num_tokens, time.perf_counter() - start)
         self.stats.steps += 1
         return chosen
 

@@ -6,6 +6,8 @@ distribution, q the draft's). Greedy decoding is the case of one-hot r. This mod
 how many tokens to draft; running models is the engine's.
 """
 
+import bisect
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -148,6 +150,8 @@ class DraftLength:
 
     Drafting pays as long as the tokens that it is expected to bring cost less time than plain steps would take for
     them. Where it does not, nothing is drafted; experience fades meanwhile, so that it is tried again now and then.
+    Expectations may be wrong for as long as they like: an account of the time that drafting has lost, against plain
+    steps of as many conversations, stops it until plain steps have made up for the loss at 2 % of their time.
 
     Args:
         guess: time of a step that drafts K tokens over a plain one's, until it has been measured.
@@ -156,21 +160,37 @@ class DraftLength:
     """
 
     _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    _FIRST = 2  # so many lengths may be tried at once, others when all shorter ones are known or passed over
     _TRIED_AGAIN_AFTER = 64  # plain steps; then what drafting cost is forgotten
+    _LOSS = 0.02  # of all time, that drafting may lose
+    _MOST_SAVED = 4.0  # plain steps; what drafting has saved beyond cannot be lost again later
 
     def __init__(self, guess: Callable[[int], float], bonus: bool, max_draft: int) -> None:
         self._guess, self._bonus = guess, bonus
         self._lengths = [length for length in self._LENGTHS if length < max_draft] + [max_draft]
         self._seconds: dict[tuple[int, int], deque[float]] = {}
         self._plain_in_a_row = 0
+        self._lost_s = 0.0
 
-    def observe(self, num_conversations: int, num_drafted: int, seconds: float) -> None:
-        """Learn what a step took that drafted `num_drafted` tokens (0: a plain one) for each conversation."""
+    def observe(self, num_conversations: int, num_drafted: int, num_tokens: int, seconds: float) -> None:
+        """Learn from a step.
+
+        Args:
+            num_conversations: in it.
+            num_drafted: tokens drafted for each conversation; 0: a plain step.
+            num_tokens: that it gave, for all conversations together.
+            seconds: that it took.
+        """
         self._plain_in_a_row = 0 if num_drafted else self._plain_in_a_row + 1
         if self._plain_in_a_row > self._TRIED_AGAIN_AFTER:
             self._plain_in_a_row = 0
             self._seconds = {key: seen for key, seen in self._seconds.items() if key[1] == 0}
         self._seconds.setdefault((num_conversations, num_drafted), deque(maxlen=5)).append(seconds)
+        self._lost_s -= self._LOSS * seconds
+        if num_drafted and (num_conversations, 0) in self._seconds:
+            plain_s = self._median_s(num_conversations, 0)
+            self._lost_s += seconds - num_tokens * plain_s / num_conversations
+            self._lost_s = max(self._lost_s, -self._MOST_SAVED * plain_s)
 
     def best(self, num_conversations: int, rates: Sequence[float]) -> int:
         """The number of tokens to draft for each conversation; 0 for none.
@@ -181,21 +201,40 @@ class DraftLength:
         """
         if (num_conversations, 0) not in self._seconds:
             return 0  # the first step is plain: what others cost is measured against it
+        plain_s = self._median_s(num_conversations, 0)
+        if self._lost_s > plain_s / 2:
+            return 0
         without = num_conversations - len(rates)
 
         def tokens_per_s(length: int) -> float:
             expected = without + sum(expected_tokens(rate, length, self._bonus) for rate in rates)
             return expected / self._expected_s(num_conversations, length)
 
-        best = max(self._lengths, key=tokens_per_s)
-        plain = num_conversations / self._expected_s(num_conversations, 0)
-        return best if tokens_per_s(best) > 1.02 * plain else 0
+        longest = max(drafted for number, drafted in self._seconds if number == num_conversations)
+        num_tried = bisect.bisect_right(self._lengths, longest)
+        best = max(self._lengths[: max(num_tried + 1, self._FIRST)], key=tokens_per_s)
+        return best if tokens_per_s(best) > 1.02 * num_conversations / plain_s else 0
+
+    def _median_s(self, num_conversations: int, num_drafted: int) -> float:
+        return statistics.median(self._seconds[num_conversations, num_drafted])
 
     def _expected_s(self, num_conversations: int, num_drafted: int) -> float:
-        seen = self._seconds.get((num_conversations, num_drafted))
-        if seen is not None:
-            return statistics.median(seen)
-        return statistics.median(self._seconds[num_conversations, 0]) * self._guess(num_drafted)
+        """Time of a step: as measured, or by the guess, corrected by how far it was off for the most similar step."""
+        if (num_conversations, num_drafted) in self._seconds:
+            return self._median_s(num_conversations, num_drafted)
+        added = self._guess(num_drafted) - 1
+        measured = [key for key in self._seconds if key[1] and (key[0], 0) in self._seconds]
+        if measured:
+            number, drafted = min(
+                measured,
+                key=lambda key: (
+                    abs(math.log(key[0] / num_conversations)),
+                    abs(math.log(key[1] / num_drafted)),
+                ),
+            )
+            ratio = self._median_s(number, drafted) / self._median_s(number, 0)
+            added *= max(ratio - 1, 0.0) / max(self._guess(drafted) - 1, 0.05)
+        return self._median_s(num_conversations, 0) * (1 + added)
 
 
 class Acceptance:
