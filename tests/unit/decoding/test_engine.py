@@ -215,7 +215,9 @@ def test_a_stop_text_in_the_prompt_stops_nothing(decoder, tokenizer):
 
 
 def test_speculation_says_what_it_did(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(DraftLength, "best", lambda self, num_conversations, rates: 4)  # however long it takes
+    monkeypatch.setattr(
+        DraftLength, "best", lambda self, num_conversations, rates: 4
+    )  # however long it takes
     decoder = FusedDecoder(model, tokenizer, speculation=SpeculationParams(min_match=1))
     list(decoder.stream([[5, 6] * 8, [7, 8] * 8], replace(PARAMS, max_new_tokens=40)))
     stats = decoder.stats
