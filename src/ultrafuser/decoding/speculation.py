@@ -163,13 +163,15 @@ class DraftLength:
     _FIRST = 2  # so many lengths may be tried at once, others when all shorter ones are known or passed over
     _TRIED_AGAIN_AFTER = 64  # plain steps; then what drafting cost is forgotten
     _LOSS = 0.02  # of all time, that drafting may lose
-    _MOST_SAVED = 4.0  # plain steps; what drafting has saved beyond cannot be lost again later
+    _MOST_SAVED = 1.0  # plain steps; what drafting has saved beyond cannot be lost again later
+    _MEASURED_AFTER = 24  # steps with drafts: then what a plain one takes by now
+    _LEAST_GAIN = 1.1  # expected of drafting, since times of steps vary by as much
 
     def __init__(self, guess: Callable[[int], float], bonus: bool, max_draft: int) -> None:
         self._guess, self._bonus = guess, bonus
         self._lengths = [length for length in self._LENGTHS if length < max_draft] + [max_draft]
         self._seconds: dict[tuple[int, int], deque[float]] = {}
-        self._plain_in_a_row = 0
+        self._plain_in_a_row = self._drafted_in_a_row = 0
         self._lost_s = 0.0
 
     def observe(self, num_conversations: int, num_drafted: int, num_tokens: int, seconds: float) -> None:
@@ -182,6 +184,7 @@ class DraftLength:
             seconds: that it took.
         """
         self._plain_in_a_row = 0 if num_drafted else self._plain_in_a_row + 1
+        self._drafted_in_a_row = self._drafted_in_a_row + 1 if num_drafted else 0
         if self._plain_in_a_row > self._TRIED_AGAIN_AFTER:
             self._plain_in_a_row = 0
             self._seconds = {key: seen for key, seen in self._seconds.items() if key[1] == 0}
@@ -199,8 +202,10 @@ class DraftLength:
             num_conversations: in the step.
             rates: of acceptance, for those conversations that have a draft.
         """
-        if (num_conversations, 0) not in self._seconds:
-            return 0  # the first step is plain: what others cost is measured against it
+        if (num_conversations, 0) not in self._seconds or self._drafted_in_a_row >= self._MEASURED_AFTER:
+            return (
+                0  # what others cost is measured against plain steps, the first of all and one now and then
+            )
         plain_s = self._median_s(num_conversations, 0)
         if self._lost_s > plain_s / 2:
             return 0
@@ -213,7 +218,7 @@ class DraftLength:
         longest = max(drafted for number, drafted in self._seconds if number == num_conversations)
         num_tried = bisect.bisect_right(self._lengths, longest)
         best = max(self._lengths[: max(num_tried + 1, self._FIRST)], key=tokens_per_s)
-        return best if tokens_per_s(best) > 1.02 * num_conversations / plain_s else 0
+        return best if tokens_per_s(best) > self._LEAST_GAIN * num_conversations / plain_s else 0
 
     def _median_s(self, num_conversations: int, num_drafted: int) -> float:
         return statistics.median(self._seconds[num_conversations, num_drafted])

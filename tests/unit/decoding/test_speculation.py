@@ -298,7 +298,7 @@ def test_the_best_length_is_the_fastest(rate, cost, bonus):
         return expected_tokens(rate, length, bonus) / (1 + cost * length) if length else 1.0
 
     fastest = max(map(speed, range(17)))
-    assert speed(chosen) > 0.96 * fastest
+    assert speed(chosen) > 0.96 * fastest or (chosen == 0 and fastest < 1.1)
     if chosen:
         assert speed(chosen) > 1.0
     if cost == 1.5:
@@ -359,6 +359,15 @@ def test_drafting_is_tried_again_when_experience_has_faded():
     assert tries[0] == 0
     assert tries[-1] > 200
     assert len(tries) < 30
+
+
+def test_plain_steps_are_measured_again_now_and_then():
+    """Contexts grow, other programs come and go: what once was a gain may be a loss."""
+    chosen, lengths = draft_length(0.0), []
+    for _ in range(100):
+        lengths.append(chosen.best(1, [1.0]))
+        chosen.observe(1, lengths[-1], lengths[-1] + 1, 1.0)
+    assert 1 <= lengths[20:].count(0) <= 5
 
 
 def test_what_one_number_of_conversations_has_shown_is_a_guess_for_another():
