@@ -18,6 +18,8 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,10 +27,21 @@ from ultrafuser.decoding.engine import FusedDecoder, TokenStep
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.modeling.assembly import FusedModel
 from ultrafuser.serving.metrics import ServerMetrics
-from ultrafuser.serving.protocol import ChatRequest, Choice, CompletionRequest, error_body, usage
+from ultrafuser.serving.protocol import (
+    ChatRequest,
+    ChatResponse,
+    Choice,
+    CompletionRequest,
+    CompletionResponse,
+    ErrorResponse,
+    ModelsResponse,
+    error_body,
+    usage,
+)
 from ultrafuser.serving.worker import Answer, BusyError, ClosingError, DecodingWorker
 
 _STATUS: dict[type[Exception], int] = {BusyError: 429, ClosingError: 503}
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}}
 _GONE = 499  # nginx's: the client has left; nobody reads it
 
 
@@ -72,13 +85,21 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
 
     app = FastAPI(title="UltraFuser", lifespan=lifespan)
     protected = [Depends(service.authorise)]
-    app.get("/v1/models", dependencies=protected)(service.models)
-    app.post("/v1/chat/completions", dependencies=protected)(service.chat)
-    app.post("/v1/completions", dependencies=protected)(service.complete)
+    if settings.api_key is not None:
+        protected.append(Depends(HTTPBearer(auto_error=False)))  # that it is asked for, in the description
+
+    def described(answer: type[BaseModel], kind: str = "application/json") -> dict[str, Any]:
+        """What the API's description says of responses: they are made by hand, and not validated."""
+        good = {"model": answer, "content": {kind: {}}}
+        return {"dependencies": protected, "responses": {200: good, **_ERRORS}}
+
+    app.get("/v1/models", **described(ModelsResponse))(service.models)
+    app.post("/v1/chat/completions", **described(ChatResponse, "text/event-stream"))(service.chat)
+    app.post("/v1/completions", **described(CompletionResponse, "text/event-stream"))(service.complete)
     if settings.colours is not None:
         app.get("/", include_in_schema=False)(_Page().show)
     app.get("/health")(service.health)
-    app.get("/metrics")(service.show_metrics)
+    app.get("/metrics", response_class=PlainTextResponse)(service.show_metrics)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(UltrafuserError, _mistaken)
@@ -238,7 +259,7 @@ class _Service:
         seed = secrets.randbits(32)
         try:
             for prompt in prompts:
-                limit = self._limit(body.limit, prompt)
+                limit = self._limit(body.limit, body.default_limit, prompt)
                 for number in range(body.n):
                     params = body.params(limit, seed, number, body.num_logprobs)
                     answer = await self.worker.submit(prompt, params, body.specialist)
@@ -252,8 +273,8 @@ class _Service:
         self.metrics.read(job.prompt_tokens)
         return job
 
-    def _limit(self, asked: int | None, prompts: Sequence[Sequence[int]]) -> int:
-        """Tokens at most: what is asked for, or what the contexts and the server leave."""
+    def _limit(self, asked: int | None, default: int | None, prompts: Sequence[Sequence[int]]) -> int:
+        """Tokens at most: what is asked for, or the default as far as contexts and server leave room for it."""
         most = self._settings.max_new_tokens
         if asked is not None:
             if most is not None and asked > most:
@@ -261,7 +282,7 @@ class _Service:
             return asked
         limits = self._fused.model.bank.context_lengths
         room = [limit - len(ids) for limit, ids in zip(limits, prompts, strict=True) if limit is not None]
-        room += [] if most is None else [most]
+        room += [limit for limit in (most, default) if limit is not None]
         return max(min(room, default=512), 1)
 
     async def _parts(self, job: _Job) -> AsyncIterator[tuple[Choice, list[TokenStep]]]:

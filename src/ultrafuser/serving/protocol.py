@@ -5,7 +5,7 @@ carries `fusion`: the names of the specialists, and for each token its text and 
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(_Strict):
@@ -109,6 +109,9 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
+    default_limit: ClassVar[int | None] = None
+    """Tokens at most if the request does not say; None for as many as there is room for."""
+
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=0)
     max_completion_tokens: int | None = Field(default=None, ge=0)
@@ -130,13 +133,14 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`; all specialists read the prompt as it is, without their templates."""
 
+    default_limit: ClassVar[int | None] = 16
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[int], Field(min_length=1)]
         | Annotated[list[list[int]], Field(min_length=1)]
     )
-    max_tokens: int | None = Field(default=16, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0, description="16, or what there is room for, if not given")
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] = False
     suffix: None = None
@@ -159,6 +163,87 @@ class CompletionRequest(_Request):
         if isinstance(self.prompt[0], int):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+
+class Fusion(BaseModel):
+    """Who said what: the field that every choice, and every choice of a chunk, has beyond OpenAI's."""
+
+    specialists: list[str]
+    tokens: list[str] = Field(description="texts; the end token's, too")
+    gate_weights: list[list[float]] = Field(
+        description="for each token how much each specialist counted; sums to 1"
+    )
+
+
+class _ResponseChoice(BaseModel):
+    index: int
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: dict[str, Any] | None
+    fusion: Fusion
+
+
+class _ChatChoice(_ResponseChoice):
+    message: Message
+
+
+class _TextChoice(_ResponseChoice):
+    text: str
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = Field(description="as the first specialist reads them")
+    completion_tokens: int
+    total_tokens: int
+
+
+class _Response(BaseModel):
+    id: str
+    created: int = Field(description="seconds since 1970")
+    model: str
+    usage: _Usage
+
+
+class ChatResponse(_Response):
+    """Of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"]
+    choices: list[_ChatChoice]
+
+
+class CompletionResponse(_Response):
+    """Of `POST /v1/completions`."""
+
+    object: Literal["text_completion"]
+    choices: list[_TextChoice]
+
+
+class _Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: None
+
+
+class ErrorResponse(BaseModel):
+    """Whatever went wrong."""
+
+    error: _Error
+
+
+class _Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    specialists: list[str]
+    colours: list[str] | None = Field(default=None, description="of the specialists, on the page")
+
+
+class ModelsResponse(BaseModel):
+    """Of `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[_Model]
 
 
 class Choice:
