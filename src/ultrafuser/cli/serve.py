@@ -1,7 +1,9 @@
 """`ultrafuser serve`: a fused model behind OpenAI's endpoints."""
 
+import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -134,6 +136,7 @@ def serve(
         raise UltrafuserError(
             f"serve needs the package {error.name!r}: pip install 'ultrafuser[serve]'."
         ) from error
+    listening = _bind(host, port)  # before the model, which may take minutes
     fused = open_model(model, dtype, device)
     settings = ServerSettings(
         name=shown,
@@ -145,11 +148,30 @@ def serve(
     )
     decoder = open_decoder(fused, 8 if max_batch is None else max_batch, speculate)
     app = create_app(fused, decoder, settings)
-    place = f"http://{host}:{port}"
+    place = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     Console(stderr=True).print(
         f"{settings.name} at {place}/v1, a page at {place}/", markup=False, highlight=False, soft_wrap=True
     )
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished what ran
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that has the port, on which nothing listens yet.
+
+    Raises:
+        UltrafuserError: the port cannot be had.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise UltrafuserError(
+            f"cannot listen on {host}, port {port}: {error.strerror}. Choose another --host or --port."
+        ) from error
+    return bound
 
 
 def _become_vllm(model: str, options: Sequence[str], api_key: str | None) -> None:

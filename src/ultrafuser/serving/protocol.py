@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ultrafuser.decoding.engine import TokenStep
 from ultrafuser.decoding.sampling import SamplingParams
-from ultrafuser.decoding.text import token_texts
+from ultrafuser.decoding.text import TextStream
 
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> OpenAI's."""
@@ -140,7 +140,9 @@ class CompletionRequest(_Request):
         | Annotated[list[int], Field(min_length=1)]
         | Annotated[list[list[int]], Field(min_length=1)]
     )
-    max_tokens: int | None = Field(default=None, ge=0, description="16, or what there is room for, if not given")
+    max_tokens: int | None = Field(
+        default=None, ge=0, description="16, or what there is room for, if not given"
+    )
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] = False
     suffix: None = None
@@ -169,7 +171,9 @@ class Fusion(BaseModel):
     """Who said what: the field that every choice, and every choice of a chunk, has beyond OpenAI's."""
 
     specialists: list[str]
-    tokens: list[str] = Field(description="texts; the end token's, too")
+    tokens: list[str] = Field(
+        description="texts, the end token's, too; of the tokens that make up one character all but the last are empty"
+    )
     gate_weights: list[list[float]] = Field(
         description="for each token how much each specialist counted; sums to 1"
     )
@@ -262,6 +266,7 @@ class Choice:
         self.steps: list[TokenStep] = []
         self._index, self._chat, self._specialists = index, chat, list(specialists)
         self._tokenizer = tokenizer
+        self._texts = TextStream(tokenizer, skip_special_tokens=False)
 
     def part(self, steps: Sequence[TokenStep], is_delta: bool) -> dict[str, Any]:
         """The choice with some of its tokens: the newest, in a chunk of a stream, or all.
@@ -274,13 +279,16 @@ class Choice:
         finish = steps[-1].finish if steps else "length"  # none at all, because none was allowed
         offset = sum(len(step.text) for step in self.steps)
         self.steps += steps
+        texts = [self._texts.push(step.token_id) for step in steps]
+        if texts and finish is not None:
+            texts[-1] += self._texts.flush()
         choice: dict[str, Any] = {
             "index": self._index,
             "finish_reason": None if finish is None else FINISH_REASONS[finish],
             "logprobs": self._logprobs(steps, offset),
             "fusion": {
                 "specialists": self._specialists,
-                "tokens": token_texts(self._tokenizer, [step.token_id for step in steps]),
+                "tokens": texts,
                 "gate_weights": [[round(weight, 6) for weight in step.gate_weights] for step in steps],
             },
         }
