@@ -1,0 +1,274 @@
+"""The first process inside a sandbox: it shuts the doors, starts the program, watches it, and says how it ended.
+
+A script of the standard library alone, started by `runner.py` as
+
+    python -I -S warden.py DESCRIPTOR
+
+with one line of JSON to be read from that descriptor, and written with `Report`'s fields to the one named in it. It is
+process 1 of a namespace of its own, so that everything the program leaves behind ends with it.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import stat
+import struct
+import sys
+import time
+from typing import Any, NoReturn
+
+POLL_S = 0.02
+MAX_FILES = 4096
+NOBODY = 65534
+OLD_ROOT = "/.old"
+
+# From Linux' headers.
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+SECCOMP_MODE_FILTER = 2
+SECCOMP_RET_ALLOW, SECCOMP_RET_EPERM, SECCOMP_RET_KILL = 0x7FFF0000, 0x00050001, 0x80000000
+BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
+
+# What no program that computes something needs: memory that belongs to no process, other processes' memory, keys,
+# mounts, namespaces, modules of the kernel, and its youngest interfaces. Numbers on x86-64 and on 64-bit ARM.
+FORBIDDEN = {
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "userfaultfd": (323, 282),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438), "kcmp": (312, 272), "perf_event_open": (298, 241), "bpf": (321, 280),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "fsopen": (430, 430),
+    "open_tree": (428, 428), "move_mount": (429, 429), "unshare": (272, 97), "setns": (308, 268),
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
+    "io_uring_setup": (425, 425), "acct": (163, 89), "quotactl": (179, 60), "syslog": (103, 116),
+    "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225), "settimeofday": (164, 170),
+    "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264),
+}  # fmt: skip
+MACHINES = {"x86_64": (0, 0xC000003E, 0x40000000), "aarch64": (1, 0xC00000B7, None)}
+"""Column of the numbers above, name of the architecture in filters, first number of calls in x86-64's other form."""
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int, what: str) -> None:
+    """Raise for a call of the C library that failed."""
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """Mount something."""
+    kind_bytes = None if kind is None else kind.encode()
+    check(
+        libc.mount(source.encode(), target.encode(), kind_bytes, flags, options.encode()),
+        f"mount on {target}",
+    )
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it is gone."""
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "end with parent")
+
+
+def separate(user: bool) -> None:
+    """Leave the namespaces of whoever started this; what is forked from now on is process 1 of its own.
+
+    Args:
+        user: through a namespace of users, too, which who is not root needs for all others.
+    """
+    uid, gid = os.getuid(), os.getgid()
+    others = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+    check(libc.unshare(others | (CLONE_NEWUSER if user else 0)), "unshare")
+    if user:
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+
+
+def build_root(readable: list[str], disk_bytes: int) -> None:
+    """A new root: folders that can be read, /proc, a few devices, and /tmp, which alone can be written to."""
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    root = "/tmp"
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+    for path in readable:
+        target = root + path
+        if os.path.islink(path):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.symlink(os.readlink(path), target)
+        elif os.path.isdir(path):
+            os.makedirs(target, exist_ok=True)
+            mount(path, target, None, MS_BIND)
+            mount("none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    os.makedirs(f"{root}/dev")
+    for name in ("null", "zero", "full", "random", "urandom"):
+        with open(f"{root}/dev/{name}", "w"):
+            pass
+        mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
+    for name in ("proc", "tmp", OLD_ROOT.strip("/")):
+        os.mkdir(f"{root}/{name}")
+    mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_RDONLY)
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={disk_bytes}")
+    number = {"x86_64": 155, "aarch64": 41}[platform.machine()]
+    check(libc.syscall(number, root.encode(), f"{root}{OLD_ROOT}".encode()), "pivot_root")
+    os.chdir("/")
+    check(libc.umount2(OLD_ROOT.encode(), MNT_DETACH), "umount")
+    os.rmdir(OLD_ROOT)
+    mount("none", "/", None, MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def forbid_calls() -> None:
+    """Have the kernel refuse what is in `FORBIDDEN` to this process and all that come from it."""
+    column, architecture, other_form = MACHINES[platform.machine()]
+    numbers = sorted(pair[column] for pair in FORBIDDEN.values())
+    # (code, jump if true, jump if false, value); offsets 0 and 4 of what a filter reads are number and architecture.
+    program = [(BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 1, 0, architecture), (BPF_RETURN, 0, 0, SECCOMP_RET_KILL)]
+    program.append((BPF_LOAD, 0, 0, 0))
+    if other_form is not None:
+        program += [(BPF_AT_LEAST, 0, 1, other_form), (BPF_RETURN, 0, 0, SECCOMP_RET_KILL)]
+    for number in numbers:
+        program += [(BPF_EQUAL, 0, 1, number), (BPF_RETURN, 0, 0, SECCOMP_RET_EPERM)]
+    program.append((BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+
+    class Filter(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+
+    filled = Filter(len(program), ctypes.addressof(code))
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filled), 0, 0), "seccomp")
+
+
+def become_program(task: dict[str, Any]) -> NoReturn:
+    """Give up everything that is not needed, and be the program."""
+    os.setsid()
+    limits = task["limits"]
+    for kind, value in (
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
+        (
+            resource.RLIMIT_NPROC,
+            8 * limits["processes"],
+        ),  # counted by user, so by all that run at once: a brake
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        resource.setrlimit(kind, (value, value))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1)
+    )  # first a signal, then the end
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    else:
+        for capability in range(64):  # of the namespace of users; those beyond the last one do not exist
+            libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
+    forbid_calls()
+    os.chdir("/tmp")
+    os.closerange(3, 1 << 16)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+    environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.execve(task["python"], [task["python"], "-I", task["program"]], environment)
+
+
+def num_files() -> int:
+    """In /tmp; even an empty one takes memory."""
+    found = os.statvfs("/tmp")
+    return found.f_files - found.f_ffree
+
+
+def usage(proc: int) -> tuple[int, int]:
+    """Processes inside but this one, and the bytes that they hold in memory."""
+    count = held = 0
+    for name in os.listdir(proc):
+        if name.isdigit() and name != "1":
+            count += 1
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                file = os.open(f"{name}/statm", os.O_RDONLY, dir_fd=proc)
+                try:
+                    held += int(os.read(file, 200).split()[1]) * resource.getpagesize()
+                finally:
+                    os.close(file)
+    return count, held
+
+
+def watch(child: int, limits: dict[str, int]) -> tuple[str, int]:
+    """Wait for the program, and end it where it goes too far; how it ended, and its exit code."""
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    end_s = time.monotonic() + limits["wall_s"]
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.wait4(-1, os.WNOHANG))[0]:
+                if ended[0] == child:
+                    code, used = os.waitstatus_to_exitcode(ended[1]), ended[2]
+                    all_used = used.ru_utime + used.ru_stime > limits["cpu_s"] - 0.1
+                    return (
+                        "time" if all_used and code in (-signal.SIGXCPU, -signal.SIGKILL) else "ended"
+                    ), code
+        count, held = usage(proc)
+        if time.monotonic() > end_s:
+            return "time", -signal.SIGKILL
+        if count > limits["processes"]:
+            return "processes", -signal.SIGKILL
+        if held > limits["memory_bytes"] or num_files() > MAX_FILES:
+            return "memory", -signal.SIGKILL
+        time.sleep(POLL_S)
+
+
+def oversee(task: dict[str, Any]) -> NoReturn:
+    """Be process 1: start the program, watch it, report; all that is left ends when this does."""
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
+    end_with_parent()
+    program = task["program"]
+    with open(program, "w", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(task["code"])
+    os.chmod(program, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+    child = os.fork()
+    if child == 0:
+        try:
+            become_program(task)
+        except BaseException as error:
+            os.write(2, f"the sandbox could not be closed: {error}\n".encode())
+            os._exit(127)
+    outcome, code = watch(child, task["limits"])
+    os.write(task["report"], json.dumps({"outcome": outcome, "exit_code": code}).encode())
+    os._exit(0)
+
+
+def main() -> None:
+    """Read what is to be done, and do it."""
+    with open(int(sys.argv[1]), encoding="utf-8") as file:
+        task = json.load(file)
+    try:
+        if task["kind"] == "namespaces":
+            end_with_parent()
+            separate(user=os.getuid() != 0)
+            inside = os.fork()
+            if inside:
+                os.close(task["report"])
+                os.waitpid(inside, 0)
+                return
+            build_root(task["readable"], task["limits"]["disk_bytes"])
+        oversee(task)
+    except OSError as error:
+        os.write(task["report"], json.dumps({"outcome": "broken", "message": str(error)}).encode())
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
