@@ -46,7 +46,8 @@ def main(
     empty_s = median(sandbox.run("").seconds for _ in range(9))
     passed = sum(result.passed for result in results)
     Console().print(
-        f"{sandbox.kind}: {passed} of {len(rows)} passed in {seconds:.1f} s; an empty program takes {1e3 * empty_s:.0f} ms"
+        f"{sandbox.kind}: {passed} of {len(rows)} passed in {seconds:.1f} s; "
+        f"an empty program takes {1e3 * empty_s:.0f} ms"
     )
     if json_file is not None:
         metrics = {"passed": passed, "programs": len(rows), "seconds": seconds, "empty_s": empty_s}

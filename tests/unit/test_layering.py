@@ -1,9 +1,10 @@
 """Imports point one way, and `import ultrafuser` stays cheap.
 
-    errors, files, progress <- fusion <- modeling <- decoding, training <- evaluation, analysis, serving <- demo <- cli
+    errors, files, progress, recipes <- fusion <- modeling <- decoding, training
+    <- evaluation, analysis, serving <- demo <- cli
 
-`synthesis` and `sandbox` stand alone: they know errors and files, nothing else of the package. The sources
-are parsed, not run, so that an import inside a function or behind `TYPE_CHECKING` counts like any other.
+`sandbox`, and `synthesis` which uses it, stand alone: they know the first four, nothing else of the package. The
+sources are parsed, not run, so that an import inside a function or behind `TYPE_CHECKING` counts like any other.
 """
 
 import ast
@@ -20,7 +21,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = "ultrafuser"
 
-FOUNDATION = {"errors", "files", "progress"}
+FOUNDATION = {"errors", "files", "progress", "recipes"}
 MODEL = FOUNDATION | {"fusion", "modeling"}
 LIBRARY = MODEL | {"decoding", "training"}
 USES = LIBRARY | {"evaluation", "analysis", "serving", "sandbox"}
@@ -29,6 +30,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "progress": set(),
+    "recipes": {"errors"},
     "fusion": FOUNDATION,
     "modeling": FOUNDATION | {"fusion"},
     "decoding": MODEL,
@@ -36,7 +38,7 @@ MAY_IMPORT = {
     "evaluation": LIBRARY | {"sandbox"},
     "analysis": LIBRARY,
     "serving": LIBRARY,
-    "synthesis": FOUNDATION,
+    "synthesis": FOUNDATION | {"sandbox"},
     "sandbox": FOUNDATION,
     "demo": USES,
     "cli": USES | {"synthesis", "demo"},

@@ -6,7 +6,6 @@ distribution, q the draft's). Greedy decoding is the case of one-hot r. This mod
 how many tokens to draft; running models is the engine's.
 """
 
-import bisect
 import math
 import statistics
 from collections import deque
@@ -160,7 +159,7 @@ class DraftLength:
     """
 
     _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    _FIRST = 2  # so many lengths may be tried at once, others when all shorter ones are known or passed over
+    _FIRST_ROWS = 4  # of a pass, before more are tried; then twice as many as were, or the next length
     _TRIED_AGAIN_AFTER = 64  # plain steps; then what drafting cost is forgotten
     _LOSS = 0.02  # of all time, that drafting may lose
     _MOST_SAVED = 1.0  # plain steps; what drafting has saved beyond cannot be lost again later
@@ -216,8 +215,10 @@ class DraftLength:
             return expected / self._expected_s(num_conversations, length)
 
         longest = max(drafted for number, drafted in self._seconds if number == num_conversations)
-        num_tried = bisect.bisect_right(self._lengths, longest)
-        best = max(self._lengths[: max(num_tried + 1, self._FIRST)], key=tokens_per_s)
+        most_rows = max(self._FIRST_ROWS, 2 * num_conversations * (longest + 1))
+        num_allowed = sum(num_conversations * (length + 1) <= most_rows for length in self._lengths)
+        num_tried = sum(length <= longest for length in self._lengths)
+        best = max(self._lengths[: max(num_allowed, num_tried + 1)], key=tokens_per_s)
         return best if tokens_per_s(best) > self._LEAST_GAIN * num_conversations / plain_s else 0
 
     def _median_s(self, num_conversations: int, num_drafted: int) -> float:

@@ -1,32 +1,22 @@
-"""Recipes: YAML files that say everything a run depends on.
+"""Recipes of `ultrafuser train` and `ultrafuser specialize`.
 
-Every field is checked before any work begins; an unknown key is an error that names the nearest known one.
 Defaults are the paper's. Relative paths in a recipe are relative to the recipe's own folder, so that a recipe
 and its data can move together; package:// sources and hub ids stay as they are.
 """
 
-import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ultrafuser.errors import RecipeError
 from ultrafuser.fusion.gate import GateForm
 from ultrafuser.modeling.assembly import SpecialistSource
 from ultrafuser.modeling.configuration import BankKind
 from ultrafuser.modeling.sources import PACKAGE_SCHEME, resolve_file
-
-_UNION_MEMBER = re.compile(r"(literal|list|dict|\[key)\[?.*\]")
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from ultrafuser.recipes import RecipeSection, load_recipe
 
 
-class SpecialistEntry(_Section):
+class SpecialistEntry(RecipeSection):
     """One specialist: see `ultrafuser.SpecialistSource`."""
 
     model: str = Field(description="model folder, hub id, or package://<package>/<path>")
@@ -44,7 +34,7 @@ class SpecialistEntry(_Section):
         return SpecialistSource(**self.model_dump())
 
 
-class GateSettings(_Section):
+class GateSettings(RecipeSection):
     """The gate (paper, section 3.1)."""
 
     form: GateForm = Field(default="shared", description="shared (the paper's), per_specialist or joint")
@@ -61,7 +51,7 @@ class GateSettings(_Section):
     )
 
 
-class LoraSettings(_Section):
+class LoraSettings(RecipeSection):
     """Low-rank adapters for fine-tuning."""
 
     rank: int = Field(default=16, ge=1)
@@ -71,7 +61,7 @@ class LoraSettings(_Section):
     )
 
 
-class StageSettings(_Section):
+class StageSettings(RecipeSection):
     """One stage of training: what every stage has in common."""
 
     steps: int = Field(ge=0, description="optimiser steps")
@@ -165,7 +155,7 @@ class Stage2(TuningSettings):
         return self
 
 
-class _RunSettings(_Section):
+class _RunSettings(RecipeSection):
     data: dict[str, list[str]] = Field(
         min_length=1, description="domain -> files of conversations to train on"
     )
@@ -272,77 +262,7 @@ def read_recipe(path: str | Path, kind: type[R]) -> R:
     Raises:
         RecipeError: the file cannot be read, or a key or value is wrong; the message names it.
     """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} must hold settings (key: value), got {type(content).__name__}.")
-    try:
-        recipe = kind.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {_explain(error, kind)}") from error
-    return _resolved(recipe, path.parent)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See `yaml.SafeLoader`."""
-        mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
-        return mapping
-
-
-def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first few problems, each with its key; for unknown keys the nearest known one."""
-    problems: dict[str, list[Any]] = {}
-    # Where several types are allowed, each complains, under the key and its own name.
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if not _UNION_MEMBER.fullmatch(str(part)))
-        problems.setdefault(key, []).append(problem)
-    unknown_first = sorted(problems, key=lambda key: problems[key][0]["type"] != "extra_forbidden")
-    return " ".join(_explain_key(key, problems[key], kind) for key in unknown_first[:3])
-
-
-def _explain_key(key: str, problems: list[Any], kind: type[BaseModel]) -> str:
-    problem = problems[0]
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(kind, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.0)[0]
-        return f"unknown key {key!r}. Did you mean {near!r}? Known here: {', '.join(known)}."
-    if problem["type"] == "missing":
-        return f"{key} is missing."
-    if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}."
-    messages = " or ".join(problem["msg"][:1].lower() + problem["msg"][1:] for problem in problems)
-    return f"{key}: {messages}, got {problem['input']!r}."
-
-
-def _known_keys(kind: type[BaseModel], parents: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section that a path of an error leads to."""
-    section: Any = kind
-    for part in parents:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue  # the name of a specialist leads from the mapping to its entry, which is chosen below
-        field = section.model_fields.get(str(part))
-        if field is None:
-            continue
-        models = [a for a in _leaves(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        section = models[0] if models else section
-    return list(section.model_fields)
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    arguments = getattr(annotation, "__args__", None)
-    return [annotation] if not arguments else [leaf for argument in arguments for leaf in _leaves(argument)]
+    return _resolved(load_recipe(path, kind), Path(path).parent)
 
 
 def _resolved(recipe: R, folder: Path) -> R:
