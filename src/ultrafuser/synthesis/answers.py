@@ -115,12 +115,16 @@ def read_json(text: str, kind: type[A]) -> A:
 
 def _values(text: str) -> Iterator[Any]:
     """JSON values in a text, the likeliest first."""
+    is_whole = False
     for candidate in (text, *_FENCE.findall(text)):
         for form in (candidate, _TRAILING_COMMA.sub(r"\1", candidate)):
             try:
                 yield json.loads(form, strict=False)
+                is_whole = True
             except (ValueError, RecursionError):
                 continue
+    if is_whole:
+        return  # a part of it was not meant
     decoder = json.JSONDecoder(strict=False)
     for place in [match.start() for match in re.finditer(r"[\[{]", text)][:20]:
         try:

@@ -238,8 +238,8 @@ def _plot(tools: Tools, path: Path) -> None:
     with ProgressBar("drawing instructions") as bar:
         bar.update(0, 1)
         features = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
-        size = min(50, *(side - 1 for side in features.shape))
-        vectors = TruncatedSVD(size, random_state=0).fit_transform(features)
+        rank = min(50, *(side - 1 for side in features.shape))
+        vectors = TruncatedSVD(rank, random_state=0).fit_transform(features)
         plane = TSNE(perplexity=min(30, (len(texts) - 1) / 3), random_state=0, init="pca").fit_transform(
             vectors
         )
@@ -249,7 +249,14 @@ def _plot(tools: Tools, path: Path) -> None:
     axes = figure.add_subplot()
     for domain in tools.recipe.domains:
         points = plane[[owner == domain for owner in owners]]
-        axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, label=domain, linewidths=0)
+        axes.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=max(4, min(30, 20_000 / len(texts))),
+            alpha=0.5,
+            label=domain,
+            linewidths=0,
+        )
     axes.legend(markerscale=4, frameon=False)
     axes.set_axis_off()
     with atomic_write(path) as temporary:

@@ -1,0 +1,183 @@
+"""Asking an endpoint: how many at once, and what becomes of refusals."""
+
+import asyncio
+import json
+import time
+
+import httpx2
+import pytest
+from test_pipeline import serve  # noqa: F401 (a fixture)
+
+from ultrafuser.errors import RecipeError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Limiter, Question, RefusedError
+from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
+
+MODEL = ModelSettings(model="m", max_tokens=10)
+TEXT = Question([{"role": "user", "content": "hello"}], None, 5)
+JSON = Question([{"role": "user", "content": "hello"}], {"type": "object"}, 5)
+GOOD = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "yes"}}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}  # fmt: skip
+
+
+def ask(answers, question=TEXT, **settings):
+    """Ask an endpoint that gives these (status, JSON or bytes, headers) in turn; the reply, and what was sent."""
+    sent = []
+
+    def respond(request):
+        sent.append(json.loads(request.content))
+        status, content, *headers = answers[min(len(sent) - 1, len(answers) - 1)]
+        if isinstance(content, Exception):
+            raise content
+        more = headers[0] if headers else {}
+        if isinstance(content, bytes):
+            return httpx2.Response(
+                status, content=content, headers={"content-type": "application/json", **more}
+            )
+        return httpx2.Response(status, json=content, headers=more)
+
+    async def go():
+        defaults = {"base_url": "http://x/v1", "api_key_variable": None, "attempts": 4}
+        endpoint = Endpoint(EndpointSettings(**{**defaults, **settings}))
+        transport = httpx2.MockTransport(respond)
+        endpoint._client._client._transport = transport
+        endpoint._client._client._mounts = {}
+        async with endpoint:
+            return await endpoint.ask(question, MODEL), endpoint
+
+    reply, endpoint = asyncio.run(go())
+    return reply, sent, endpoint
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("ultrafuser.synthesis.endpoint._FIRST_PAUSE_S", 0.001)
+
+
+def test_a_reply_and_what_is_asked():
+    reply, sent, _ = ask([(200, GOOD)])
+    assert (reply.text, reply.finish, reply.input_tokens, reply.output_tokens) == ("yes", "stop", 3, 2)
+    assert sent[0]["seed"] == 5
+    assert sent[0]["max_tokens"] == 10
+    assert "response_format" not in sent[0]
+    assert "seed" not in ask([(200, GOOD)], seeds=False)[1][0]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (429, {"error": {"message": "slow"}}, {"retry-after": "0.01"}),
+        (500, {"error": {"message": "oh"}}),
+        (503, b"<html>"),
+        (200, b'{"id": '),
+        (200, {"choices": []}),
+        (200, b"x" * (2**24 + 1)),
+        (200, httpx2.ConnectError("refused")),
+        (200, httpx2.ReadTimeout("slow")),
+    ],
+)
+def test_what_fails_is_asked_again(failure):
+    reply, sent, _ = ask([failure, failure, (200, GOOD)])
+    assert reply.text == "yes"
+    assert len(sent) == 3
+    assert sent[0] == sent[2]
+
+
+def test_it_gives_up_in_words():
+    with pytest.raises(
+        EndpointError, match="failed 4 times at one request, at last with InternalServerError"
+    ):
+        ask([(500, {"error": {"message": "oh"}})])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_or_model_ends_the_run_at_once(status):
+    with pytest.raises(EndpointError, match=r"refuses: .*no such thing"):
+        ask([(status, {"error": {"message": "no such thing"}})])
+
+
+def test_one_bad_request_does_not():
+    with pytest.raises(RefusedError, match="refuses the request"):
+        ask([(400, {"error": {"message": "content"}})])
+
+
+def test_json_is_asked_for_as_far_as_the_server_knows_it():
+    refused = (400, {"error": {"message": "response_format is not supported"}})
+    assert ask([(200, GOOD)], JSON)[1][0]["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    _, sent, endpoint = ask([refused, (200, GOOD)], JSON)
+    assert [body["response_format"]["type"] for body in sent] == ["json_schema", "json_object"]
+    assert endpoint.structured == "json_object"
+    _, sent, endpoint = ask([refused, refused, (200, GOOD)], JSON)
+    assert "response_format" not in sent[2]
+    assert endpoint.structured == "none"
+    with pytest.raises(RefusedError):
+        ask([refused], JSON, structured="json_schema")
+
+
+def test_a_key_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(RecipeError, match="MY_KEY"):
+        Endpoint(EndpointSettings(api_key_variable="MY_KEY"))
+
+
+def test_the_limiter_halves_and_grows_again():
+    limiter = Limiter(16)
+    assert limiter.limit == 16
+    start = time.monotonic()
+    limiter.refused(0, start)
+    assert limiter.limit == 8
+    limiter.refused(0, start - 1)  # sent before that: the server has not seen the change
+    assert limiter.limit == 8
+    limiter.refused(0, time.monotonic())
+    assert limiter.limit == 4
+    for _ in range(200):
+        limiter.succeeded()
+    assert limiter.limit == 16
+
+
+def test_no_more_run_than_may_and_all_get_their_turn():
+    async def go():
+        limiter, running, most, done = Limiter(5), 0, 0, 0
+
+        async def one(number):
+            nonlocal running, most, done
+            async with limiter.slot():
+                running += 1
+                most = max(most, running)
+                await asyncio.sleep(0.001)
+                running -= 1
+                done += 1
+                if number == 10:
+                    limiter.refused(0, time.monotonic())
+
+        tasks = [asyncio.create_task(one(number)) for number in range(100)]
+        await asyncio.sleep(0.002)
+        for task in tasks[40:45]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return most, done
+
+    assert asyncio.run(go()) == (5, 95)
+
+
+def test_a_refusal_makes_everybody_wait():
+    async def go():
+        limiter = Limiter(4)
+        limiter.refused(0.2, time.monotonic())
+        start = time.monotonic()
+        async with limiter.slot():
+            return time.monotonic() - start
+
+    assert asyncio.run(go()) > 0.15
+
+
+def test_requests_run_side_by_side(serve):  # noqa: F811
+    url = serve(latency_s=0.2)
+
+    async def go():
+        settings = EndpointSettings(base_url=f"{url}/v1", api_key_variable=None, concurrency=20)
+        async with Endpoint(settings) as endpoint:
+            start = time.monotonic()
+            await asyncio.gather(*(endpoint.ask(TEXT, MODEL) for _ in range(40)))
+            return time.monotonic() - start
+
+    assert asyncio.run(go()) < 4  # one after the other takes eight seconds

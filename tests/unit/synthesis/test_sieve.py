@@ -1,0 +1,129 @@
+"""What the sieve lets through, and what not."""
+
+import gzip
+import itertools
+import json
+import random
+
+import pytest
+
+from ultrafuser.errors import DataError
+from ultrafuser.synthesis.recipe import FilterSettings
+from ultrafuser.synthesis.sieve import Contamination, LanguageFilter, NearDuplicates, Sieve, words_of
+
+WORDS = [f"word{index}" for index in range(400)]
+
+
+def text_of(choice, count):
+    return " ".join(choice.choices(WORDS, k=count))
+
+
+def overlap(a, b):
+    """Jaccard similarity of pairs of words, counted by hand."""
+    x, y = ({(p, q) for p, q in itertools.pairwise(w)} for w in (words_of(a), words_of(b)))
+    return len(x & y) / len(x | y)
+
+
+def test_near_duplicates_are_those_that_overlap_enough():
+    """Against every pair counted: all that are far above the threshold, none below it."""
+    choice = random.Random(1)
+    texts = [text_of(choice, 30) for _ in range(60)]
+    for text in list(texts):
+        for changes in (1, 2, 4, 8):
+            words = text.split()
+            for _ in range(changes):
+                words[choice.randrange(30)] = choice.choice(WORDS)
+            texts.append(" ".join(words))
+    index, found, missed, wrong = NearDuplicates(0.7), 0, 0, 0
+    for number, text in enumerate(texts):
+        likest = max((overlap(text, other) for other in texts[:number]), default=0.0)
+        like = index.find(text)
+        if like is not None:
+            assert overlap(text, texts[int(like[0])]) == pytest.approx(like[1])
+            wrong += likest < 0.7
+            found += 1
+        else:
+            missed += likest >= 0.7
+        index.add(str(number), text)
+    assert wrong == 0
+    assert found > 80
+    assert missed <= 2  # of a hundred; the bands miss 1 % at the threshold itself
+
+
+def test_the_same_words_are_a_duplicate_whatever_stands_between_them():
+    index = NearDuplicates(0.7)
+    index.add("a", "Sort this list: 3, 1, 2!")
+    assert index.find("sort THIS list 3 1 2") == ("a", 1.0)
+    assert index.find("sort THIS list 3 1 2", but="a") is None
+    assert index.find("Hello") is None
+    index.add("b", "Hello")
+    assert index.find("hello.") == ("b", 1.0)
+
+
+def test_contamination_is_words_in_a_row():
+    choice = random.Random(2)
+    question = text_of(choice, 40)
+    contamination = Contamination(13)
+    contamination.add("bench", [question, "What is the capital of France today?"])
+    words = question.split()
+    inside = " ".join([*choice.choices(WORDS, k=9), *words[11:24], "and more"])
+    finding = contamination.find(inside)
+    assert finding is not None
+    assert finding.reason == "benchmark"
+    assert finding.detail == "bench: " + " ".join(words[11:24])
+    assert contamination.find(" ".join([*choice.choices(WORDS, k=9), *words[11:23], "and more"])) is None
+    assert contamination.find(inside.upper().replace(" ", ", ")) is not None
+    assert contamination.find("what is the capital of france, today") is not None
+    assert contamination.find("Tell me what is the capital of France today?") is None  # too short to be sure
+
+
+def test_benchmarks_are_read_from_all_fields(tmp_path):
+    row = {"id": 1, "turns": [{"question": " ".join(WORDS[:20])}], "choices": [" ".join(WORDS[50:70])]}
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row) + "\n\n")
+    sieve = Sieve(FilterSettings(benchmarks=[str(tmp_path / "b.jsonl.gz")], languages=None))
+    for first in (0, 50):
+        finding = sieve.take("x", "please say " + " ".join(WORDS[first : first + 15]))
+        assert finding is not None
+        assert finding.detail.startswith("b.jsonl.gz: ")
+    assert sieve.check_response("so: " + " ".join(WORDS[3:17])) is not None
+    assert sieve.take("x", "please say " + " ".join(WORDS[20:40])) is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", None])
+def test_a_benchmark_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "b.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"b\.jsonl: .*JSON lines"):
+        Sieve(FilterSettings(benchmarks=[str(path)], languages=None))
+
+
+def test_lengths():
+    sieve = Sieve(FilterSettings(min_words=3, max_words=10, max_response_words=20, languages=None))
+    assert sieve.take("a", "Too short").reason == "short"
+    assert sieve.take("b", " ".join(WORDS[:11])).reason == "long"
+    assert sieve.take("c", " ".join(WORDS[:10])) is None
+    assert sieve.take("d", " ".join(WORDS[:10])).reason == "duplicate"
+    assert sieve.take("e", " ".join([*WORDS[:9], "x"])).reason == "near duplicate"
+    assert sieve.take("f", " ".join([*WORDS[:9], "x"]), instead_of="c") is None
+    assert sieve.check_response(" ".join(WORDS[:21])).reason == "long"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Please explain to me how the tides of the sea follow the moon over a month.", None),
+        ("Erkläre mir bitte, wie die Gezeiten des Meeres im Laufe eines Monats dem Mond folgen.", "de"),
+        ("Explique-moi s'il te plaît comment les marées de la mer suivent la lune pendant un mois.", "fr"),
+        ("Bonjour", None),  # too little to tell
+        (
+            "Mend this: ```\nfür jede Zeile in der Datei sei die Summe aller Zahlen darin gleich null\n```",
+            None,
+        ),
+    ],
+)
+def test_languages(text, language):
+    finding = LanguageFilter(["en"]).find(text)
+    assert (None if finding is None else finding.detail) == language
+    assert LanguageFilter(None).find(text) is None
