@@ -301,6 +301,10 @@ class Book:
         for stage, domain, *rest in self._connection.execute(query):
             yield stage, domain, Removed(*rest)
 
+    def keys(self) -> list[str]:
+        """Of all calls that are over."""
+        return [key for (key,) in self._connection.execute("SELECT key FROM calls")]
+
     def given_up(self) -> list[tuple[str, str]]:
         """(key, reason) of calls without an answer."""
         query = "SELECT key, reason FROM calls WHERE answer IS NULL ORDER BY key"

@@ -21,7 +21,7 @@ from ultrafuser.synthesis.pipeline import STAGES, BudgetError, Pipeline
 from ultrafuser.synthesis.recipe import read_synthesis_recipe
 from ultrafuser.training.data import read_conversations
 
-SERVER = Path(__file__).with_name("chat_server.py")
+SERVER = Path(__file__).resolve().parents[3] / "benchmarks" / "chat_server.py"
 RECIPE = {
     "seed": 3,
     "model": {"model": "canned", "max_tokens": 512, "price": {"input": 1.0, "output": 2.0}},

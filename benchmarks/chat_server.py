@@ -1,5 +1,6 @@
 """A server that answers like an OpenAI endpoint, and fails on demand: canned but varied answers, the same for the same
-question. `python chat_server.py PORT SHARE LATENCY` prints a line when it listens; what it was asked is at /asked."""
+question. `python chat_server.py PORT SHARE LATENCY` prints a line when it listens; what it was asked is at /asked.
+"""
 
 import asyncio
 import hashlib
@@ -7,6 +8,8 @@ import json
 import random
 import re
 import sys
+from collections.abc import AsyncIterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -52,26 +55,26 @@ WHYS = [
 ]
 
 
-def numbers(text):
+def numbers(text: str) -> random.Random:
     """Random numbers that follow from a text."""
     return random.Random(hashlib.sha256(text.encode()).digest())
 
 
-def sentence(choice):
+def sentence(choice: random.Random) -> str:
     """A sentence of words that hardly ever comes twice."""
     words = [choice.choice(VERBS), "the", *(choice.choice(NOUNS) for _ in range(3)), "and"]
     words += [choice.choice(VERBS), "its", *(choice.choice(NOUNS) for _ in range(3)), *choice.sample(WHYS, 2)]
     return " ".join(words).capitalize() + f" number {choice.randrange(10**6)}"
 
 
-def answer(prompt):
+def answer(prompt: str) -> str:
     """What a model might say to a prompt of ours."""
     choice = numbers(prompt)
     wanted = re.search(r"(?:Name|For|Write) (\d+) (?:of them|messages|new messages)", prompt)
     count = int(wanted[1]) if wanted else 1
     solved = '"reference"' in prompt
 
-    def instruction():
+    def instruction() -> dict[str, str]:
         one = {"instruction": sentence(choice) + "?"}
         return {**one, "reference": str(choice.randrange(100))} if solved else one
 
@@ -87,22 +90,23 @@ def answer(prompt):
     return f"{sentence(choice)}. {sentence(choice)}."
 
 
-def create_app(fault_share, latency_s):
+def create_app(fault_share: float, latency_s: float) -> FastAPI:
     """The server.
 
     Args:
         fault_share: of requests that get something else than an answer.
         latency_s: of every request.
     """
-    app, asked = FastAPI(), []
+    app = FastAPI()
+    asked: list[list[Any]] = []
     chance = random.Random(7)
 
     @app.get("/asked")
-    async def show():
+    async def show() -> Any:
         return asked
 
     @app.post("/v1/chat/completions")
-    async def complete(request: Request):
+    async def complete(request: Request) -> Any:
         body = await request.json()
         prompt = "\n".join(message["content"] for message in body["messages"])
         asked.append([hashlib.sha256(prompt.encode()).hexdigest()[:16], body.get("seed")])
@@ -117,7 +121,7 @@ def create_app(fault_share, latency_s):
             await asyncio.sleep(3)
         if fault == "cut":
 
-            async def half():
+            async def half() -> AsyncIterator[bytes]:
                 yield b'{"id": "x", "choi'
                 raise ConnectionError
 

@@ -1,0 +1,189 @@
+"""The pipeline of `ultrafuser synth`: how near it comes to what a server allows, and its sieve at full size.
+
+Throughput: a whole run against a server on loopback that takes 200 ms for every answer. The ideal is that of every
+round's questions, the allowed number at once: `throughput_fraction` is the ideal time over the time it took, with
+planning, sieving and bookkeeping in it.
+
+Sieve: generated instructions, among them planted near duplicates (a word of thirty changed) and planted texts of
+benchmarks (thirteen words in a row of one); each is given to the sieve as in a run.
+
+    python benchmarks/synth.py --benchmarks FOLDER
+"""
+
+import json
+import math
+import random
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ultrafuser.cli.report import provenance, write_metrics
+from ultrafuser.synthesis.pipeline import Pipeline
+from ultrafuser.synthesis.recipe import FilterSettings, SynthesisRecipe
+from ultrafuser.synthesis.sieve import Sieve, benchmark_texts, words_of
+
+NUM_WORDS = 20_000
+"""Of which instructions are made."""
+DUPLICATES, CONTAMINATED = 0.05, 0.005
+"""Shares that are planted."""
+
+
+@contextmanager
+def server(latency_s: float, faults: float = 0.0) -> Iterator[str]:
+    """The canned endpoint on a free port of loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).with_name("chat_server.py"))]
+    with subprocess.Popen(
+        [*command, str(port), str(faults), str(latency_s)], stdout=subprocess.PIPE
+    ) as process:
+        try:
+            for _ in range(200):
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/asked")
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()
+
+
+def throughput(instructions: int, concurrency: int, latency_s: float) -> dict[str, float]:
+    """A whole run at the paper's proportions; the metrics."""
+    shares = {"text": (30, 1100, 100 / 310), "code": (21, 407, 100 / 310), "math": (21, 80, 110 / 310)}
+    domains = {}
+    for name, (meta, sub, share) in shares.items():
+        count = round(share * instructions)
+        scale = instructions / 310_000
+        metas = max(round(meta * scale), 3)
+        domains[name] = {
+            "meta_topics": metas, "sub_topics": max(round(sub * scale), metas), "instructions": count
+        }  # fmt: skip
+    with server(latency_s) as url, tempfile.TemporaryDirectory() as folder:
+        recipe = SynthesisRecipe.model_validate(
+            {
+                "endpoint": {"base_url": url, "api_key_variable": None, "concurrency": concurrency},
+                "model": {"model": "canned"},
+                "domains": domains,
+                "filters": {"languages": None},
+            }
+        )
+        pipeline = Pipeline(recipe, folder)
+        start = time.perf_counter()
+        pipeline.run()
+        took_s = time.perf_counter() - start
+        keys = pipeline.tools.book.keys()
+        rounds = Counter(key.rsplit("/", 1)[0] for key in keys)
+        pipeline.close()
+    ideal_s = sum(math.ceil(calls / concurrency) * latency_s for calls in rounds.values())
+    return {
+        "calls": sum(rounds.values()),
+        "ideal_s": ideal_s,
+        "took_s": took_s,
+        "calls_per_s": sum(rounds.values()) / took_s,
+        "throughput_fraction": ideal_s / took_s,
+    }
+
+
+def instructions_of(count: int, benchmarks: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
+    """(kind, text) of generated instructions; kind is "new", "duplicate" or "contaminated"."""
+    choice = random.Random(seed)
+    words = [
+        "".join(choice.choices("bcdfghklmnprst", k=3)) + "".join(choice.choices("aeiou", k=3))
+        for _ in range(NUM_WORDS)
+    ]
+    rows = [
+        row
+        for row in (words_of(text) for path in benchmarks for text in benchmark_texts(path))
+        if len(row) >= 13
+    ]
+    earlier: list[str] = []
+    for _ in range(count):
+        drawn = choice.random()
+        text = choice.choices(words, k=choice.randint(15, 45))
+        if drawn < DUPLICATES and earlier:
+            text = choice.choice(earlier).split()
+            text[choice.randrange(len(text))] = choice.choice(words)
+            yield "duplicate", " ".join(text)
+        elif drawn < DUPLICATES + CONTAMINATED and rows:
+            row = choice.choice(rows)
+            start = choice.randrange(len(row) - 12)
+            yield "contaminated", " ".join([*text[:10], *row[start : start + 13], *text[10:]])
+        else:
+            if len(text) >= 30:
+                earlier.append(" ".join(text))
+            yield "new", " ".join(text)
+
+
+def sieve(count: int, benchmarks: Sequence[str], seed: int) -> dict[str, float]:
+    """Give the sieve so many instructions; the metrics."""
+    start = time.perf_counter()
+    one = Sieve(FilterSettings(benchmarks=list(benchmarks)))
+    read_s = time.perf_counter() - start
+    generated = list(instructions_of(count, benchmarks, seed))
+    found: Counter[tuple[str, str]] = Counter()
+    start = time.perf_counter()
+    for number, (kind, text) in enumerate(track(generated, "sieving")):
+        finding = one.take(str(number), text)
+        found[kind, "taken" if finding is None else finding.reason] += 1
+    took_s = time.perf_counter() - start
+    planted = Counter(kind for kind, _ in generated)
+    flagged = {kind: found[kind, "near duplicate"] + found[kind, "duplicate"] for kind in planted}
+    metrics = {
+        "instructions": count,
+        "benchmarks_s": read_s,
+        "dedup_s": read_s + took_s,
+        "dedup_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "duplicate_recall": flagged["duplicate"] / max(planted["duplicate"], 1),
+        "duplicate_precision": flagged["duplicate"] / max(sum(flagged.values()), 1),
+    }
+    if planted["contaminated"]:
+        metrics["contamination_recall"] = found["contaminated", "benchmark"] / planted["contaminated"]
+        metrics["contamination_false"] = found["new", "benchmark"] + found["duplicate", "benchmark"]
+    return metrics
+
+
+def main(
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of benchmark files, *test*.jsonl.gz; none are planted without."),
+    ] = None,
+    instructions: Annotated[int, typer.Option(min=100, help="For the sieve.")] = 300_000,
+    run_instructions: Annotated[int, typer.Option(min=30, help="Of the run; 0 leaves it out.")] = 3000,
+    concurrency: Annotated[int, typer.Option(min=1)] = 32,
+    latency_s: Annotated[float, typer.Option(min=0.001)] = 0.2,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write metrics and provenance.")] = None,
+) -> None:
+    """Measure throughput and sieve."""
+    metrics = throughput(run_instructions, concurrency, latency_s)
+    files = [] if benchmarks is None else sorted(map(str, benchmarks.glob("*test*.jsonl.gz")))
+    metrics |= sieve(instructions, files, seed)
+    table = Table("", "", show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+    Console().print(table)
+    if json_file is not None:
+        settings = {"concurrency": concurrency, "latency_s": latency_s, "seed": seed,
+                    "benchmarks": json.dumps([Path(file).name for file in files])}  # fmt: skip
+        write_metrics(json_file, metrics, provenance(**settings))
+
+
+if __name__ == "__main__":
+    typer.run(main)
