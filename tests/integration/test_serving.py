@@ -336,3 +336,24 @@ def test_a_failing_step_is_told_to_those_who_wait_and_to_nobody_else(fused, monk
         return lengths, worker.num_requests
 
     assert asyncio.run(story()) == ([4, 4], 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_knows_whether_anybody_decodes(fused, monkeypatch):
+    server = Server(fused)
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+    def end():
+        raise SystemExit
+
+    monkeypatch.setattr(server.decoder, "step", end)
+    stream = ask(server.client(), max_tokens=5, stream=True)
+    for _ in range(100):
+        response = httpx.get(f"{server.url}/health")
+        if response.status_code != 200:
+            break
+        time.sleep(0.05)
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "server_error"
+    stream.close()
+    server.stop()

@@ -98,7 +98,7 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
     app.post("/v1/completions", **described(CompletionResponse, "text/event-stream"))(service.complete)
     if settings.colours is not None:
         app.get("/", include_in_schema=False)(_Page().show)
-    app.get("/health")(service.health)
+    app.get("/health", responses={503: {"model": ErrorResponse}})(service.health)
     app.get("/metrics", response_class=PlainTextResponse)(service.show_metrics)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _refused)
@@ -171,7 +171,9 @@ class _Service:
             raise HTTPException(401, "The API key is missing or wrong. Send it as: Authorization: Bearer KEY")
 
     async def health(self) -> dict[str, str]:
-        """Say that the server is there."""
+        """Say that the server is there, and decodes."""
+        if not self.worker.is_alive:
+            raise HTTPException(503, "Decoding has stopped. Start the server again.")
         return {"status": "ok"}
 
     async def show_metrics(self) -> Response:
@@ -404,7 +406,7 @@ async def _malformed(_: Request, error: Exception) -> Response:
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
+    kind = {401: "authentication_error", 503: "server_error"}.get(error.status_code, "invalid_request_error")
     return JSONResponse(error_body(error.detail, kind), error.status_code, headers=error.headers)
 
 

@@ -87,6 +87,11 @@ class DecodingWorker:
         """Running and waiting."""
         return self._num_requests
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is still somebody who decodes."""
+        return self._thread.is_alive()
+
     async def submit(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
     ) -> Answer:

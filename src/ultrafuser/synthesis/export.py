@@ -22,6 +22,7 @@ import jinja2
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.files import atomic_write
 from ultrafuser.progress import ProgressBar
+from ultrafuser.synthesis.embedding import Embedder
 from ultrafuser.synthesis.pipeline import cost
 from ultrafuser.synthesis.sieve import words_of
 from ultrafuser.synthesis.stages import Tools
@@ -30,6 +31,8 @@ PER_META_TOPIC = 3
 """Conversations of a meta-topic in the review sheet."""
 PLOTTED = 5000
 """Instructions of a domain in the figure, at most (paper, appendix F)."""
+COUNTED = 1000
+"""Conversations of a domain whose tokens are counted, at most (paper, table 15)."""
 _BATCH = 1000
 _COLUMNS = ("id", "domain", "meta_topic", "sub_topic", "kind", "complicated", "reference", "messages")
 
@@ -46,6 +49,7 @@ class Summary:
         complicated: instructions that were rewritten.
         turns: responses in all.
         words: in all messages.
+        tokens: mean of a conversation, from 1,000 at random as in the paper; None without a tokenizer.
         distinct: share of two-word sequences in instructions that come once only; the more, the more diverse.
     """
 
@@ -56,6 +60,7 @@ class Summary:
     complicated: int = 0
     turns: int = 0
     words: int = 0
+    tokens: float | None = None
     distinct: float = 0.0
 
     @property
@@ -82,7 +87,11 @@ def export(tools: Tools, folder: str | Path, *, figure: bool = True) -> dict[str
     for domain in tools.recipe.domains:
         if tools.book.next_round("responses", domain) is not None:
             raise UltrafuserError(f"the conversations of {domain} are not all made. Finish the run first.")
+    embedder = None if tools.recipe.embedding is None else Embedder(tools.recipe.embedding)
     summaries = {domain: _write_domain(tools, folder / "data", domain) for domain in tools.recipe.domains}
+    if embedder is not None:
+        for domain, summary in summaries.items():
+            summary.tokens = _mean_tokens(tools, domain, embedder)
     with atomic_write(folder / "removed.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for stage, domain, one in tools.book.removed():
             row = {
@@ -109,7 +118,7 @@ def export(tools: Tools, folder: str | Path, *, figure: bool = True) -> dict[str
     )  # fmt: skip
     _write_text(folder / "README.md", card)
     if figure:
-        _plot(tools, folder / "instructions.png")
+        _plot(tools, folder / "instructions.png", embedder)
     return summaries
 
 
@@ -216,8 +225,16 @@ def _removed(tools: Tools) -> dict[str, Counter[str]]:
     return found
 
 
-def _plot(tools: Tools, path: Path) -> None:
-    """Instructions of all domains on a plane: words weighed by how rare they are, 50 components, t-SNE."""
+def _mean_tokens(tools: Tools, domain: str, embedder: Embedder) -> float:
+    total = tools.book.count("responses", domain)
+    chosen = tools.chosen(min(total, COUNTED), total, "tokens", domain)
+    conversations = [item.content for item in tools.book.items("responses", domain) if item.place in chosen]
+    texts = [message["content"] for content in conversations for message in content["messages"]]
+    return embedder.num_tokens(texts) / max(len(conversations), 1)
+
+
+def _plot(tools: Tools, path: Path, embedder: Embedder | None) -> None:
+    """Instructions of all domains on a plane by t-SNE: as a model sees them, or by their words, the rare ones first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from sklearn.decomposition import TruncatedSVD
@@ -235,11 +252,13 @@ def _plot(tools: Tools, path: Path) -> None:
                 owners.append(domain)
     if len(texts) < 10:
         return
+    vectors = None if embedder is None else embedder.embed(texts)
     with ProgressBar("drawing instructions") as bar:
         bar.update(0, 1)
-        features = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
-        rank = min(50, *(side - 1 for side in features.shape))
-        vectors = TruncatedSVD(rank, random_state=0).fit_transform(features)
+        if vectors is None:
+            features = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+            rank = min(50, *(side - 1 for side in features.shape))
+            vectors = TruncatedSVD(rank, random_state=0).fit_transform(features)
         plane = TSNE(perplexity=min(30, (len(texts) - 1) / 3), random_state=0, init="pca").fit_transform(
             vectors
         )
@@ -285,6 +304,8 @@ def metrics(summaries: Mapping[str, Summary], spent: Sequence[Any]) -> dict[str,
             f"words_per_conversation/{domain}": one.words / max(one.total, 1),
             f"distinct_pairs/{domain}": one.distinct,
         }
+        if one.tokens is not None:
+            found[f"tokens_per_conversation/{domain}"] = one.tokens
     found["answers"] = sum(one.answers for one in spent)
     found["unread_answers"] = sum(one.unread for one in spent)
     found["input_tokens"] = sum(one.input_tokens for one in spent)

@@ -105,7 +105,9 @@ def cost(model: ModelSettings, input_tokens: float, output_tokens: float) -> flo
 
 def settings_of(recipe: SynthesisRecipe, prompts: Prompts) -> dict[str, Any]:
     """Everything that a result depends on, by name; what may change between two parts of a run is not in it."""
-    settings = recipe.model_dump(mode="json", exclude={"endpoint", "budget", "prompts", "stages", "model"})
+    settings = recipe.model_dump(
+        mode="json", exclude={"endpoint", "budget", "embedding", "prompts", "stages", "model"}
+    )
     filters = settings.pop("filters")
     filters["benchmarks"] = sorted(Path(path).name for path in filters["benchmarks"])
     models = {}

@@ -170,6 +170,11 @@ class SynthesisRecipe(RecipeSection):
         default=None, description="folder of Jinja files that replace ours of the same name"
     )
     budget: Budget = Budget()
+    embedding: str | None = Field(
+        default=None,
+        description="model folder or hub id: its mean last hidden states place instructions in the figure, its "
+        "tokenizer counts tokens for the card; without one, words do",
+    )
     filters: FilterSettings = FilterSettings()
     heldout: float = Field(
         default=0.01, ge=0, lt=1, description="share of conversations that no training reads"

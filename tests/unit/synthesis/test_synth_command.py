@@ -127,6 +127,23 @@ def test_wrong_recipes_are_refused_in_one_line(tmp_path, change, message):
     assert message in result.stderr
 
 
+def test_a_model_places_instructions_and_counts_tokens(made, tmp_path, tokenizer):
+    model = save_model(tmp_path / "model", tiny_model(max_position_embeddings=512), tokenizer)
+    run = made[0] / "run"
+    before = (run / "instructions.png").read_bytes()
+    recipe = write_recipe(tmp_path, "http://127.0.0.1:9", embedding=str(model))
+    result = call("synth", recipe, "-o", run, "--json", tmp_path / "m.json")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert (run / "instructions.png").read_bytes() != before
+    metrics = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    parts = [run / "data" / f"music.{split}.jsonl" for split in ("train", "heldout")]
+    rows = [json.loads(line) for path in parts for line in path.read_text().splitlines()]
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    counted = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) / len(rows)
+    assert metrics["tokens_per_conversation/music"] == pytest.approx(counted)
+    assert f"{counted:,.1f}" in (run / "README.md").read_text()
+
+
 def test_prompts_can_be_changed_without_code(serve, tmp_path):  # noqa: F811
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "responses.jinja").write_text("Be brief about {{ domain }}.")
