@@ -1,6 +1,7 @@
 """The native server as its clients see it: a real one on loopback, over a tiny random model."""
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from conftest import fused_over, save_model, tiny_model
 
 from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
+from ultrafuser.errors import UltrafuserError
 from ultrafuser.modeling.assembly import FusedModel, SpecialistSource, fuse
 from ultrafuser.modeling.checkpoint import save_fused
 from ultrafuser.modeling.specialists import WholeSpecialists
@@ -116,8 +118,10 @@ def test_a_stream_says_the_same_with_the_weights_of_every_token(client, fused):
     *parts, last = chunks
     assert "".join(part.choices[0].delta.content for part in parts) == text
     weights = [row for part in parts for row in part.choices[0].fusion["gate_weights"]]
-    assert len(weights) == len(steps)
-    assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in weights)
+    for row, step in zip(weights, steps, strict=True):
+        assert row == pytest.approx(step.gate_weights, abs=1e-4)
+    roles = [part.choices[0].delta.role for part in parts]
+    assert roles == ["assistant", *[None] * (len(roles) - 1)]  # clients join what chunks say
     assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
     assert parts[-1].choices[0].finish_reason is not None
     assert (last.choices, last.usage.completion_tokens) == ([], len(steps))
@@ -228,10 +232,14 @@ def test_a_key_is_asked_for_where_there_is_one(fused):
         server.stop()
 
 
-def test_a_client_that_leaves_cancels_and_metrics_say_what_was_done(fused):
+def test_a_client_that_leaves_cancels_and_metrics_say_what_was_done(fused, monkeypatch):
     server = Server(fused)
     try:
         body = {"model": "tiny", "messages": QUESTION, "stream": True, "max_tokens": 150, "logit_bias": {}}
+        step = server.decoder.step
+        monkeypatch.setattr(
+            server.decoder, "step", lambda: (time.sleep(0.05), step())[1]
+        )  # 150 take eight seconds
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
             next(response.iter_lines())
         with pytest.raises(httpx.ReadTimeout):
@@ -240,6 +248,7 @@ def test_a_client_that_leaves_cancels_and_metrics_say_what_was_done(fused):
         while server.decoder.num_active + server.decoder.num_waiting and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.decoder.num_active + server.decoder.num_waiting == 0
+        assert server.decoder.stats.tokens < 50
         metrics = httpx.get(f"{server.url}/metrics").text
         assert "ultrafuser_requests 0.0" in metrics
         assert 'ultrafuser_responses_total{status="200"}' in metrics
@@ -322,16 +331,22 @@ def test_a_failing_step_is_told_to_those_who_wait_and_to_nobody_else(fused, monk
             patch.setattr(
                 decoder._backbones[0], "read", lambda *_: (_ for _ in ()).throw(MemoryError("none"))
             )
-            answer = await worker.submit(prompts, params)
+            worker.reserve(1)
+            (answer,) = await worker.submit([(prompts, params, None)])
             with pytest.raises(MemoryError, match="none"):
                 async for _ in answer:
                     pass
-        waiting = [await worker.submit(prompts, params) for _ in range(2)]
+            worker.release(1)
+        with pytest.raises(UltrafuserError, match="3 responses"):
+            worker.reserve(3)
+        worker.reserve(2)
         with pytest.raises(BusyError):
-            await worker.submit(prompts, params)
+            worker.reserve(1)
+        waiting = await worker.submit([(prompts, params, None)] * 2)
         lengths = []
         for answer in waiting:
             lengths.append(sum([len(steps) async for steps in answer]))
+        worker.release(2)
         await asyncio.to_thread(worker.close)
         return lengths, worker.num_requests
 
@@ -348,12 +363,62 @@ def test_health_knows_whether_anybody_decodes(fused, monkeypatch):
 
     monkeypatch.setattr(server.decoder, "step", end)
     stream = ask(server.client(), max_tokens=5, stream=True)
-    for _ in range(100):
-        response = httpx.get(f"{server.url}/health")
-        if response.status_code != 200:
-            break
-        time.sleep(0.05)
+    with pytest.raises(openai.APIError, match="decoding has stopped"):
+        list(stream)
+    response = httpx.get(f"{server.url}/health")
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "server_error"
-    stream.close()
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        ask(server.client(), max_tokens=1)
+    server.stop()
+
+
+def test_openai_s_own_helper_joins_a_stream(client, fused):
+    text = expected(fused, 12)[1]
+    settings = {"max_tokens": 12, "temperature": 0, "stop": [text[4:6]]}
+    with client.chat.completions.stream(model="tiny", messages=QUESTION, **settings) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert (message.role, message.content) == ("assistant", text[: text.index(text[4:6])])
+    history = [*QUESTION, message.model_dump(), *QUESTION]
+    again = client.chat.completions.create(model="tiny", messages=history, max_tokens=2)
+    assert again.choices[0].message.role == "assistant"
+
+
+def test_null_is_what_is_not_set(server):
+    names = ("temperature", "top_p", "n", "stream", "logprobs", "stop", "max_tokens", "metadata", "seed")
+    body = {"model": "tiny", "messages": QUESTION, **dict.fromkeys(names), "max_completion_tokens": 2}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "\ud800"}),
+        ("completions", {"prompt": ["a"] * 200}),
+        ("completions", {"prompt": ["a"] * 100}),  # more than the server ever takes
+        ("completions", {"prompt": "a", "stop": [f"{i}" for i in range(100)]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\udc00"}]}),
+        (
+            "chat/completions",
+            {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")] * 5000},
+        ),
+    ],
+)
+def test_what_would_take_too_much_is_refused_at_once(server, path, body):
+    start = time.monotonic()
+    content = json.dumps({"model": "tiny", **body})
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{server.url}/v1/{path}", content=content, headers=headers, timeout=60)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+    assert time.monotonic() - start < 2
+
+
+def test_failures_are_counted(fused, monkeypatch):
+    server = Server(fused)
+    monkeypatch.setattr(server.decoder, "submit", lambda *_: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+        ask(server.client(), max_tokens=1)
+    assert 'ultrafuser_responses_total{status="500"} 1.0' in httpx.get(f"{server.url}/metrics").text
     server.stop()

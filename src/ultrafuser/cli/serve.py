@@ -81,6 +81,9 @@ def serve(
         list[str] | None,
         typer.Option("--cors-origin", help="A web page's origin that may ask, too.", show_default=False),
     ] = None,
+    grace_s: Annotated[
+        int, typer.Option("--grace-s", min=0, help="Seconds that what runs has to finish, after Ctrl-C.")
+    ] = 60,
     speculate: Annotated[
         bool,
         typer.Option(
@@ -106,7 +109,11 @@ def serve(
 
     ultrafuser serve fused --engine vllm -- --tensor-parallel-size 2
     """
-    shown = Path(model).name if name is None else name
+    shown = Path(model).resolve().name if name is None else name
+    if api_key is not None and not (api_key and api_key.isascii()):
+        raise UltrafuserError(
+            "--api-key must be plain ASCII and not empty. Leave it out for a server without a key."
+        )
     origins = () if cors_origin is None else tuple(cors_origin)
     if engine is Engine.VLLM:
         foreign = {
@@ -153,11 +160,13 @@ def serve(
         f"{settings.name} at {place}/v1, a page at {place}/", markup=False, highlight=False, soft_wrap=True
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished what ran
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace_s)).run(
+            sockets=[listening]
+        )
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that has the port, on which nothing listens yet.
+    """A socket that has the port; who connects waits until the model is there.
 
     Raises:
         UltrafuserError: the port cannot be had.
@@ -166,6 +175,7 @@ def _bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen(2048)  # or another could still take it
     except OSError as error:
         bound.close()
         raise UltrafuserError(

@@ -9,8 +9,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -24,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultrafuser.decoding.engine import FusedDecoder, TokenStep
-from ultrafuser.errors import UltrafuserError
+from ultrafuser.errors import ConversationTooLongError, UltrafuserError
 from ultrafuser.modeling.assembly import FusedModel
 from ultrafuser.serving.metrics import ServerMetrics
 from ultrafuser.serving.protocol import (
@@ -38,7 +39,7 @@ from ultrafuser.serving.protocol import (
     error_body,
     usage,
 )
-from ultrafuser.serving.worker import Answer, BusyError, ClosingError, DecodingWorker
+from ultrafuser.serving.worker import Answer, BusyError, ClosingError, DecodingWorker, Wanted
 
 _STATUS: dict[type[Exception], int] = {BusyError: 429, ClosingError: 503}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}}
@@ -83,7 +84,8 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
         yield
         await asyncio.to_thread(service.worker.close)
 
-    app = FastAPI(title="UltraFuser", lifespan=lifespan)
+    # The usual pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="UltraFuser", lifespan=lifespan, docs_url=None, redoc_url=None)
     protected = [Depends(service.authorise)]
     if settings.api_key is not None:
         protected.append(Depends(HTTPBearer(auto_error=False)))  # that it is asked for, in the description
@@ -103,8 +105,13 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(UltrafuserError, _mistaken)
-    app.add_exception_handler(Exception, _failed)
-    app.add_middleware(_Outermost, max_body_bytes=settings.max_body_bytes, metrics=service.metrics)
+
+    async def failed(_: Request, error: Exception) -> Response:
+        service.metrics.responded(500)  # it is sent from beyond all middleware, which would count it
+        return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)
+
+    app.add_exception_handler(Exception, failed)
+    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, metrics=service.metrics)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -147,6 +154,7 @@ class _Job:
     answers: list[Answer]
     prompt_tokens: int
     arrived_s: float
+    places: int
     has_begun: bool = False
 
 
@@ -167,7 +175,7 @@ class _Service:
         if key is None:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             raise HTTPException(401, "The API key is missing or wrong. Send it as: Authorization: Bearer KEY")
 
     async def health(self) -> dict[str, str]:
@@ -195,41 +203,51 @@ class _Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        arrived = time.perf_counter()
-        self._check_model(body.model)
         messages = [message.plain() for message in body.messages]
-        async with self._encoding:  # one at a time, and not in the way of those who stream
-            prompts = await asyncio.to_thread(self._encoder.prompt, messages, max_new_tokens=0)
-        return await self._answer(body, [prompts], request, "chat.completion", arrived)
+        limits = [limit for limit in self._fused.model.bank.context_lengths if limit is not None]
+        if len(messages) > min(limits, default=len(messages)):  # before all of it is written out
+            raise ConversationTooLongError(
+                f"{len(messages)} messages are more than the {min(limits)} tokens that a specialist reads. Shorten it."
+            )
+        encode = [lambda: self._encoder.prompt(messages, max_new_tokens=0)]
+        return await self._answer(body, encode, request, "chat.completion")
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Go on with a text."""
-        arrived = time.perf_counter()
-        self._check_model(body.model)
         num = self._fused.model.num_specialists
-        async with self._encoding:
-            read = [await asyncio.to_thread(self._token_ids, prompt) for prompt in body.prompts()]
-        return await self._answer(body, [[ids] * num for ids in read], request, "text_completion", arrived)
+        encode = [
+            partial(lambda prompt: [self._token_ids(prompt)] * num, prompt) for prompt in body.prompts()
+        ]
+        return await self._answer(body, encode, request, "text_completion")
 
     def _token_ids(self, prompt: str | list[int]) -> list[int]:
         return self._fused.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
 
-    def _check_model(self, name: str) -> None:
-        if name != self._settings.name:
-            raise HTTPException(404, f"There is no model {name!r} here, but {self._settings.name!r}.")
-
     async def _answer(
         self,
         body: ChatRequest | CompletionRequest,
-        prompts: Sequence[Sequence[Sequence[int]]],
+        encode: Sequence[Callable[[], Sequence[Sequence[int]]]],
         request: Request,
         kind: str,
-        arrived_s: float,
     ) -> Response:
-        job = await self._submit(body, prompts, kind, arrived_s)
+        """Respond to prompts, each of which is encoded once there is room for its responses."""
+        arrived_s = time.perf_counter()
+        if body.model != self._settings.name:
+            raise HTTPException(404, f"There is no model {body.model!r} here, but {self._settings.name!r}.")
+        places = body.n * len(encode)
+        self.worker.reserve(places)
+        try:
+            async with self._encoding:  # one at a time, and not in the way of those who stream
+                prompts = [await asyncio.to_thread(one) for one in encode]
+            job = await self._submit(body, prompts, kind, arrived_s)
+        except BaseException:
+            self.worker.release(places)
+            raise
         if body.stream:
             options = body.stream_options
-            return _Stream(self._stream(job, options is not None and options.include_usage), self.worker, job)
+            return _Stream(
+                self._stream(job, options is not None and options.include_usage), lambda: self._end(job)
+            )
         collecting = asyncio.ensure_future(self._collect(job))
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
@@ -238,8 +256,13 @@ class _Service:
         finally:
             collecting.cancel()
             leaving.cancel()
-            for answer in job.answers:
-                self.worker.forget(answer)
+            self._end(job)
+
+    def _end(self, job: _Job) -> None:
+        """Let go of a request, however it ended."""
+        for answer in job.answers:
+            self.worker.forget(answer)
+        self.worker.release(job.places)
 
     async def _submit(
         self,
@@ -249,31 +272,24 @@ class _Service:
         arrived_s: float,
     ) -> _Job:
         """Hand in every choice of every prompt, or none."""
-        model, chat = self._fused.model, isinstance(body, ChatRequest)
-        prefix = "chatcmpl-" if chat else "cmpl-"
+        chat, names = isinstance(body, ChatRequest), self._fused.model.specialist_names
+        seed = secrets.randbits(32)
+        wanted: list[Wanted] = []
+        for prompt in prompts:
+            limit = self._limit(body.limit, body.default_limit, prompt)
+            for number in range(body.n):
+                wanted.append((prompt, body.params(limit, seed, number, body.num_logprobs), body.specialist))
+        answers = await self.worker.submit(wanted)
         head = {
-            "id": prefix + secrets.token_hex(12),
+            "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "object": kind,
             "created": int(time.time()),
             "model": self._settings.name,
         }
-        job = _Job(head, [], [], sum(len(prompt[0]) for prompt in prompts if prompt), arrived_s)
-        seed = secrets.randbits(32)
-        try:
-            for prompt in prompts:
-                limit = self._limit(body.limit, body.default_limit, prompt)
-                for number in range(body.n):
-                    params = body.params(limit, seed, number, body.num_logprobs)
-                    answer = await self.worker.submit(prompt, params, body.specialist)
-                    job.answers.append(answer)
-                    names = model.specialist_names
-                    job.choices.append(Choice(len(job.choices), chat, names, self._fused.tokenizer))
-        except BaseException:
-            for answer in job.answers:
-                self.worker.forget(answer)
-            raise
-        self.metrics.read(job.prompt_tokens)
-        return job
+        choices = [Choice(index, chat, names, self._fused.tokenizer) for index in range(len(answers))]
+        num_read = sum(len(prompt[0]) for prompt in prompts)
+        self.metrics.read(num_read)
+        return _Job(head, choices, answers, num_read, arrived_s, places=len(answers))
 
     def _limit(self, asked: int | None, default: int | None, prompts: Sequence[Sequence[int]]) -> int:
         """Tokens at most: what is asked for, or the default as far as contexts and server leave room for it."""
@@ -345,21 +361,20 @@ class _Service:
 
 
 class _Stream(StreamingResponse):
-    """A streaming response that lets go of its answers however it ends, even before it has begun."""
+    """A streaming response that ends its request however it ends itself, even before it has begun."""
 
-    def __init__(self, content: AsyncIterator[bytes], worker: DecodingWorker, job: _Job) -> None:
+    def __init__(self, content: AsyncIterator[bytes], end: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._worker, self._job = worker, job
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            for answer in self._job.answers:
-                self._worker.forget(answer)
+            self._end()
 
 
-class _Outermost:
+class _Guard:
     """Refuses large bodies, and counts responses."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: ServerMetrics) -> None:
@@ -399,7 +414,8 @@ def _event(content: dict[str, Any]) -> bytes:
 async def _malformed(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    # Where several types are allowed, the path names the one that complains.
+    place = ".".join(str(part) for part in first["loc"] if part != "body" and "[" not in str(part))
     message = f"{place}: {first['msg']}" if place else first["msg"]
     return JSONResponse(error_body(message, "invalid_request_error", place if place else None), 400)
 
@@ -415,7 +431,3 @@ async def _mistaken(_: Request, error: Exception) -> Response:
     kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     headers = {"retry-after": "1"} if status != 400 else None
     return JSONResponse(error_body(str(error), kind), status, headers=headers)
-
-
-async def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)

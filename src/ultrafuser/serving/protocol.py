@@ -7,7 +7,7 @@ carries `fusion`: the names of the specialists, and for each token its text and 
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ultrafuser.decoding.engine import TokenStep
@@ -18,6 +18,17 @@ FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> OpenAI's."""
 
 Zero = Annotated[float, Field(ge=0, le=0)]
+Text = Annotated[str, AfterValidator(lambda text: _whole(text))]
+"""A text in which no half of a character stands alone: JSON can write one, but no tokenizer reads it."""
+StopText = Annotated[Text, Field(max_length=256)]
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character (a surrogate) at place {error.start}") from error
+    return text
 
 
 class _Strict(BaseModel):
@@ -28,15 +39,21 @@ class TextPart(_Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = Field(default=None, description="not read")
+    # A message as it came from an endpoint; what is in these, if anything, could not be read here.
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates know it."""
@@ -57,8 +74,17 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """Say so in the API's description, too."""
+    for name, described in schema["properties"].items():
+        if name not in schema["required"]:
+            schema["properties"][name] = {"anyOf": [described, {"type": "null"}]}
+
+
 class _Request(_Strict):
     """What both kinds of requests have in common."""
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
 
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -66,9 +92,11 @@ class _Request(_Strict):
     n: int = Field(default=1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     user: str | None = Field(default=None, description="not read")
+    metadata: dict[str, str] | None = Field(default=None, description="not read")
+    store: bool | None = Field(default=None, description="nothing is kept")
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -78,6 +106,16 @@ class _Request(_Strict):
     specialist: str | None = Field(
         default=None, description="not OpenAI's: the specialist that answers alone"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        """Clients send null for what is not set."""
+        return (
+            {key: value for key, value in values.items() if value is not None}
+            if isinstance(values, dict)
+            else values
+        )
 
     def params(self, max_new_tokens: int, seed: int, number: int, logprobs: int | None) -> SamplingParams:
         """How the response of one of the n choices is made.
@@ -135,10 +173,10 @@ class CompletionRequest(_Request):
 
     default_limit: ClassVar[int | None] = 16
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=128)]
         | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1)]
+        | Annotated[list[list[int]], Field(min_length=1, max_length=128)]
     )
     max_tokens: int | None = Field(
         default=None, ge=0, description="16, or what there is room for, if not given"
@@ -278,6 +316,7 @@ class Choice:
         text = "".join(step.text for step in steps)
         finish = steps[-1].finish if steps else "length"  # none at all, because none was allowed
         offset = sum(len(step.text) for step in self.steps)
+        is_first = not self.steps
         self.steps += steps
         texts = [self._texts.push(step.token_id) for step in steps]
         if texts and finish is not None:
@@ -294,7 +333,8 @@ class Choice:
         }
         if not self._chat:
             return {**choice, "text": text}
-        return {**choice, "delta" if is_delta else "message": {"role": "assistant", "content": text}}
+        role = {"role": "assistant"} if is_first else {}  # clients join what chunks say
+        return {**choice, "delta" if is_delta else "message": {**role, "content": text}}
 
     def _logprobs(self, steps: Sequence[TokenStep], offset: int) -> dict[str, Any] | None:
         if not steps or steps[0].logprob is None:
@@ -308,7 +348,8 @@ class Choice:
         return {
             "tokens": [self._text(step.token_id) for step in steps],
             "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [{self._text(t): value for t, value in step.alternatives} for step in steps],
+            # Of tokens with the same text the likeliest stays, which comes first.
+            "top_logprobs": [{self._text(t): v for t, v in reversed(step.alternatives)} for step in steps],
             "text_offset": offsets,
         }
 

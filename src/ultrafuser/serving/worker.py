@@ -4,6 +4,7 @@ The decoder belongs to the thread. What others want of it is put into an inbox, 
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,6 +13,11 @@ from concurrent.futures import Future
 from ultrafuser.decoding.engine import FusedDecoder, TokenStep
 from ultrafuser.decoding.sampling import SamplingParams
 from ultrafuser.errors import UltrafuserError
+
+Wanted = tuple[Sequence[Sequence[int]], SamplingParams, str | None]
+"""Prompts, how the response is made, and the specialist that answers alone; see `FusedDecoder.submit`."""
+
+_log = logging.getLogger(__name__)
 
 
 class BusyError(UltrafuserError):
@@ -78,6 +84,7 @@ class DecodingWorker:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, Answer] = {}  # of the thread
         self._num_requests = 0  # of the event loop
+        self._undecided: set[Future[None]] = set()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
@@ -92,38 +99,58 @@ class DecodingWorker:
         """Whether there is still somebody who decodes."""
         return self._thread.is_alive()
 
-    async def submit(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
-    ) -> Answer:
-        """Hand in a request; see `FusedDecoder.submit`.
+    def reserve(self, count: int) -> None:
+        """Take places for requests, before anything is done for them; in the event loop. `release` gives them back.
 
         Raises:
             BusyError: too many are running and waiting.
-            ClosingError: the worker is closing.
-            UltrafuserError: the decoder refuses it.
+            ClosingError: the worker is closing, or has stopped.
+            UltrafuserError: there will never be so many.
         """
-        if self._closing:
+        if self._closing or not self.is_alive:
             raise ClosingError("the server is shutting down. Ask again later.")
-        if self._num_requests >= self._capacity:
+        if count > self._capacity:
+            raise UltrafuserError(
+                f"{count} responses (n for every prompt) are more than the {self._capacity} that may run and wait."
+            )
+        if self._num_requests + count > self._capacity:
             raise BusyError(
                 f"{self._num_requests} requests are running and waiting, which is all that the server takes. Ask again."
             )
-        answer = Answer(self, asyncio.get_running_loop())
+        self._num_requests += count
+
+    def release(self, count: int) -> None:
+        """Give places back; in the event loop."""
+        self._num_requests -= count
+
+    async def submit(self, wanted: Sequence[Wanted]) -> list[Answer]:
+        """Hand in requests that have their places: all of them, or none.
+
+        Raises:
+            ClosingError: decoding has stopped.
+            UltrafuserError: the decoder refuses one of them.
+        """
+        loop = asyncio.get_running_loop()
+        answers = [Answer(self, loop) for _ in wanted]
         accepted: Future[None] = Future()
-        self._num_requests += 1
-        self._inbox.put(lambda: self._accept(answer, accepted, prompts, params, only))
+        self._undecided.add(accepted)
+        self._inbox.put(lambda: self._accept(answers, accepted, wanted))
         try:
+            if not self.is_alive:  # now that it is in the inbox: whoever ends looks through it
+                raise ClosingError("decoding has stopped. Start the server again.")
             await asyncio.wrap_future(accepted)
         except BaseException:
-            self.forget(answer)
+            for answer in answers:
+                self.forget(answer)
             raise
-        return answer
+        finally:
+            self._undecided.discard(accepted)
+        return answers
 
     def forget(self, answer: Answer) -> None:
         """Let go of an answer that nobody reads any more, and cancel it if it runs; in the event loop."""
         if not answer.forgotten:
             answer.forgotten = True
-            self._num_requests -= 1
             self._inbox.put(lambda: self._cancel(answer))
 
     def close(self) -> None:
@@ -133,6 +160,20 @@ class DecodingWorker:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._decode()
+        except BaseException:
+            _log.exception("decoding has stopped; the server has to be started again")
+        finally:
+            self._closing = True
+            error = ClosingError("decoding has stopped. Start the server again.")
+            for answer in self._answers.values():
+                answer.put(error)
+            for accepted in list(self._undecided):
+                if not accepted.done():
+                    accepted.set_exception(error)
+
+    def _decode(self) -> None:
         open_for_more = True
         while open_for_more or self._answers:
             while not self._inbox.empty() or (open_for_more and not self._answers):
@@ -150,6 +191,7 @@ class DecodingWorker:
         except (
             Exception
         ) as error:  # whatever it is, those who wait have to hear of it, and others can be served
+            _log.exception("a decoding step failed for %d requests", len(self._answers))
             for request_id, answer in self._answers.items():
                 self._decoder.cancel(request_id)
                 answer.put(error)
@@ -162,25 +204,21 @@ class DecodingWorker:
                 answer.put(None)
                 del self._answers[request_id]
 
-    def _accept(
-        self,
-        answer: Answer,
-        accepted: "Future[None]",
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        only: str | None,
-    ) -> None:
+    def _accept(self, answers: Sequence[Answer], accepted: "Future[None]", wanted: Sequence[Wanted]) -> None:
         if not accepted.set_running_or_notify_cancel():
             return  # who asked is gone
         try:
-            answer.request_id = self._decoder.submit(prompts, params, only)
+            for answer, (prompts, params, only) in zip(answers, wanted, strict=True):
+                answer.request_id = self._decoder.submit(prompts, params, only)
+                if params.max_new_tokens > 0:
+                    self._answers[answer.request_id] = answer
+                else:
+                    answer.put(None)
         except Exception as error:  # it belongs to who asked, not to this thread
+            for answer in answers:
+                self._cancel(answer)
             accepted.set_exception(error)
             return
-        if params.max_new_tokens > 0:
-            self._answers[answer.request_id] = answer
-        else:
-            answer.put(None)
         accepted.set_result(None)
 
     def _cancel(self, answer: Answer) -> None:

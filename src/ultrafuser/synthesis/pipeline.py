@@ -202,7 +202,8 @@ class Pipeline:
                     book.note("structured", endpoint.structured)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._recipe.endpoint.concurrency):
+            # Twice as many as may ask at once: while one reads an answer, another's question is ready.
+            for _ in range(2 * self._recipe.endpoint.concurrency):
                 group.create_task(work())
 
     def _unanswered(self, calls: Iterator[Call]) -> Iterator[Call]:

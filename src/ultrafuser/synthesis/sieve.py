@@ -198,8 +198,8 @@ class Sieve:
         """Why a response is not taken."""
         if len(words_of(text)) > self._settings.max_response_words:
             return Finding("long", f"{len(words_of(text))} words")
-        finding = self._language.find(text)
-        return self._benchmarks.find(text) if finding is None else finding
+        finding = self._benchmarks.find(text)
+        return self._language.find(text) if finding is None else finding
 
     def _find(self, text: str, instead_of: str | None) -> Finding | None:
         settings, count = self._settings, len(words_of(text))
@@ -207,9 +207,9 @@ class Sieve:
             return Finding("short", f"{count} words")
         if count > settings.max_words:
             return Finding("long", f"{count} words")
-        if (finding := self._language.find(text)) is not None:
-            return finding
         if (finding := self._benchmarks.find(text)) is not None:
+            return finding
+        if (finding := self._language.find(text)) is not None:
             return finding
         like = self._seen.find(text, instead_of)
         if like is None:
