@@ -53,6 +53,7 @@ class Message(_Strict):
     tool_calls: None = None
     function_call: None = None
     audio: None = None
+    parsed: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def plain(self) -> dict[str, str]:
