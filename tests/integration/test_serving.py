@@ -201,6 +201,8 @@ def test_bad_requests_are_refused_in_openais_form(server, change, status, words)
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     assert response.status_code == status
     error = response.json()["error"]
+    codes = {"model": "model_not_found", "max_tokens": "context_length_exceeded"}
+    assert error["code"] == codes.get(next(iter(change)))
     assert words in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
 
@@ -226,6 +228,8 @@ def test_a_key_is_asked_for_where_there_is_one(fused):
         for headers in ({"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}, {}):
             response = httpx.get(f"{server.url}/v1/models", headers=headers)
             assert (response.status_code, response.json()["error"]["type"]) == (401, "authentication_error")
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
         assert server.client("secret").models.list().data
         assert httpx.get(f"{server.url}/health").status_code == 200
     finally:

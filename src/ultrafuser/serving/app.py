@@ -122,6 +122,10 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
     return app
 
 
+class _NoModelError(HTTPException):
+    """Another model is asked for than there is."""
+
+
 class _Page:
     """The page for people: one static file, in which nothing runs but the script that it comes with."""
 
@@ -176,7 +180,11 @@ class _Service:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), key.encode()):
-            raise HTTPException(401, "The API key is missing or wrong. Send it as: Authorization: Bearer KEY")
+            raise HTTPException(
+                401,
+                "The API key is missing or wrong. Send it as: Authorization: Bearer KEY",
+                {"www-authenticate": "Bearer"},
+            )
 
     async def health(self) -> dict[str, str]:
         """Say that the server is there, and decodes."""
@@ -233,7 +241,7 @@ class _Service:
         """Respond to prompts, each of which is encoded once there is room for its responses."""
         arrived_s = time.perf_counter()
         if body.model != self._settings.name:
-            raise HTTPException(404, f"There is no model {body.model!r} here, but {self._settings.name!r}.")
+            raise _NoModelError(404, f"There is no model {body.model!r} here, but {self._settings.name!r}.")
         places = body.n * len(encode)
         self.worker.reserve(places)
         try:
@@ -423,11 +431,14 @@ async def _malformed(_: Request, error: Exception) -> Response:
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = {401: "authentication_error", 503: "server_error"}.get(error.status_code, "invalid_request_error")
-    return JSONResponse(error_body(error.detail, kind), error.status_code, headers=error.headers)
+    code = "model_not_found" if isinstance(error, _NoModelError) else None
+    code = "invalid_api_key" if error.status_code == 401 else code
+    return JSONResponse(error_body(error.detail, kind, code=code), error.status_code, headers=error.headers)
 
 
 async def _mistaken(_: Request, error: Exception) -> Response:
     status = _STATUS.get(type(error), 400)
     kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     headers = {"retry-after": "1"} if status != 400 else None
-    return JSONResponse(error_body(str(error), kind), status, headers=headers)
+    code = "context_length_exceeded" if isinstance(error, ConversationTooLongError) else None
+    return JSONResponse(error_body(str(error), kind, code=code), status, headers=headers)

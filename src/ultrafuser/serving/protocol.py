@@ -264,7 +264,7 @@ class _Error(BaseModel):
     message: str
     type: str
     param: str | None
-    code: None
+    code: str | None = Field(description="model_not_found, invalid_api_key, context_length_exceeded or null")
 
 
 class ErrorResponse(BaseModel):
@@ -377,6 +377,6 @@ def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
     }
 
 
-def error_body(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,5 +1,6 @@
 """Reading answers: JSON in whatever dress it comes, and the form that it has to have."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ class SolvedInstructions(_Answer):
 A = TypeVar("A", bound=BaseModel)
 
 
+@functools.cache
 def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
     """JSON schema of an answer, as endpoints want it: without references, and with nothing beyond what is named."""
 
