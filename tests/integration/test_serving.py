@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from conftest import fused_over, save_model, tiny_model
 
+from ultrafuser.cli.serve import _hosts
 from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
 from ultrafuser.errors import UltrafuserError
@@ -426,3 +427,32 @@ def test_failures_are_counted(fused, monkeypatch):
         ask(server.client(), max_tokens=1)
     assert 'ultrafuser_responses_total{status="500"} 1.0' in httpx.get(f"{server.url}/metrics").text
     server.stop()
+
+
+def test_it_answers_under_its_own_names_only(fused):
+    """Or a web page whose name is made to lead to 127.0.0.1 could use it."""
+    server = Server(fused, hosts=("127.0.0.1", "localhost", "[::1]"))
+    for host, status in (
+        ("127.0.0.1:8000", 200), ("localhost", 200), ("LOCALHOST:1", 200), ("[::1]:8000", 200),
+        ("evil.example", 403), ("evil.example:8000", 403), ("127.0.0.1.evil.example", 403), ("", 403),
+    ):  # fmt: skip
+        response = httpx.get(f"{server.url}/v1/models", headers={"host": host})
+        assert response.status_code == status, host
+        assert status == 200 or "--allowed-host" in response.json()["error"]["message"]
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "hosts"),
+    [
+        ("127.0.0.1", None, {"127.0.0.1", "localhost", "[::1]"}),
+        ("::1", None, {"127.0.0.1", "localhost", "[::1]"}),
+        ("0.0.0.0", None, None),
+        ("127.0.0.1", ["Chat.Example"], {"127.0.0.1", "chat.example"}),
+        ("0.0.0.0", ["chat.example"], {"chat.example"}),
+    ],
+)
+def test_which_names_these_are(host, allowed, hosts):
+    found = _hosts(host, allowed)
+    assert (found is None) if hosts is None else (hosts <= set(found))
+    assert found is None or "evil.example" not in found

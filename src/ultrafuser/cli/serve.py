@@ -17,6 +17,8 @@ from rich.console import Console
 from ultrafuser.cli.opening import DeviceOption, DtypeOption, ModelArgument, open_decoder, open_model
 from ultrafuser.errors import UltrafuserError
 
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+
 
 class Engine(StrEnum):
     """What decodes."""
@@ -81,9 +83,20 @@ def serve(
         list[str] | None,
         typer.Option("--cors-origin", help="A web page's origin that may ask, too.", show_default=False),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="A name under which the server may be asked, too, such as a proxy's.",
+            show_default="this machine's own; with another --host, any",
+        ),
+    ] = None,
     grace_s: Annotated[
-        int, typer.Option("--grace-s", min=0, help="Seconds that what runs has to finish, after Ctrl-C.")
-    ] = 60,
+        int | None,
+        typer.Option(
+            "--grace-s", min=0, help="Seconds that what runs has to finish, after Ctrl-C.", show_default="60"
+        ),
+    ] = None,
     speculate: Annotated[
         bool,
         typer.Option(
@@ -120,6 +133,8 @@ def serve(
             "--max-waiting": max_waiting is not None,
             "--device": device is not None,
             "--speculate": speculate,
+            "--allowed-host": allowed_host is not None,
+            "--grace-s": grace_s is not None,
         }
         if refused := [option for option, is_given in foreign.items() if is_given]:
             raise UltrafuserError(
@@ -151,6 +166,7 @@ def serve(
         max_new_tokens=max_new_tokens,
         api_key=api_key,
         cors_origins=origins,
+        hosts=_hosts(host, allowed_host),
         colours=tuple(specialist_colours(fused.model.num_specialists)),
     )
     decoder = open_decoder(fused, 8 if max_batch is None else max_batch, speculate)
@@ -160,9 +176,18 @@ def serve(
         f"{settings.name} at {place}/v1, a page at {place}/", markup=False, highlight=False, soft_wrap=True
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished what ran
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace_s)).run(
-            sockets=[listening]
-        )
+        uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=60 if grace_s is None else grace_s
+            )
+        ).run(sockets=[listening])
+
+
+def _hosts(host: str, allowed: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names under which the server may be asked; None for any, where it listens to other machines."""
+    if host not in _LOOPBACK and allowed is None:
+        return None
+    return tuple(name.lower() for name in (*_LOOPBACK, host, *([] if allowed is None else allowed)))
 
 
 def _bind(host: str, port: int) -> socket.socket:

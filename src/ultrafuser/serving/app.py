@@ -57,6 +57,8 @@ class ServerSettings:
         max_body_bytes: of a request; more is refused with status 413.
         api_key: what clients have to bring as a bearer token; None asks for nothing.
         cors_origins: web pages of other origins that may ask.
+        hosts: names under which it may be asked (a page of somebody else's could have its own name lead here); None
+            for any.
         colours: of the specialists, in order, for the page at `/`, as `#rrggbb`; None for a server without a page.
     """
 
@@ -66,6 +68,7 @@ class ServerSettings:
     max_body_bytes: int = 2**20
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = None
     colours: tuple[str, ...] | None = None
 
 
@@ -111,7 +114,7 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
         return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)
 
     app.add_exception_handler(Exception, failed)
-    app.add_middleware(_Guard, max_body_bytes=settings.max_body_bytes, metrics=service.metrics)
+    app.add_middleware(_Guard, settings=settings, metrics=service.metrics)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -383,14 +386,24 @@ class _Stream(StreamingResponse):
 
 
 class _Guard:
-    """Refuses large bodies, and counts responses."""
+    """Refuses foreign hosts and large bodies, and counts responses."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: ServerMetrics) -> None:
-        self._app, self._max, self._metrics = app, max_body_bytes, metrics
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
+        self._app, self._max, self._metrics = app, settings.max_body_bytes, metrics
+        self._hosts = settings.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        name = re.sub(r":\d+$", "", host).lower()
+        if self._hosts is not None and name not in self._hosts:
+            message = (
+                f"This server does not answer as {name!r}, but as {', '.join(self._hosts)} (--allowed-host)."
+            )
+            self._metrics.responded(403)
+            await JSONResponse(error_body(message, "invalid_request_error"), 403)(scope, receive, send)
             return
         num_bytes = 0
 
