@@ -342,6 +342,23 @@ def test_a_failing_step_is_told_to_those_who_wait_and_to_nobody_else(fused, monk
                 async for _ in answer:
                     pass
             worker.release(1)
+        read, fails = decoder._backbones[0].read, [True]
+        monkeypatch.setattr(
+            decoder._backbones[0],
+            "read",
+            lambda *args: (
+                read(*args) if not fails or not fails.pop() else (_ for _ in ()).throw(MemoryError("once"))
+            ),
+        )
+        worker.reserve(2)
+        monkeypatch.setattr(decoder, "max_batch", 1)
+        failing, waiting_one = await worker.submit([(prompts, params, None)] * 2)
+        with pytest.raises(MemoryError, match="once"):
+            async for _ in failing:
+                pass
+        assert sum([len(steps) async for steps in waiting_one]) == 4  # it had not begun
+        monkeypatch.setattr(decoder, "max_batch", 2)
+        worker.release(2)
         with pytest.raises(UltrafuserError, match="3 responses"):
             worker.reserve(3)
         worker.reserve(2)

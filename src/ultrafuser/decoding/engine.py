@@ -151,6 +151,11 @@ class FusedDecoder:
         return len(self._waiting)
 
     @property
+    def waiting_ids(self) -> tuple[int, ...]:
+        """Ids of requests without a slot, in the order in which they came."""
+        return tuple(conversation.request_id for conversation in self._waiting)
+
+    @property
     def num_active(self) -> int:
         """Conversations in slots."""
         return len(self._active)

@@ -191,11 +191,11 @@ class DecodingWorker:
         except (
             Exception
         ) as error:  # whatever it is, those who wait have to hear of it, and others can be served
-            _log.exception("a decoding step failed for %d requests", len(self._answers))
-            for request_id, answer in self._answers.items():
+            failed = self._answers.keys() - set(self._decoder.waiting_ids)
+            _log.exception("a decoding step failed for %d requests", len(failed))
+            for request_id in failed:
                 self._decoder.cancel(request_id)
-                answer.put(error)
-            self._answers.clear()
+                self._answers.pop(request_id).put(error)
             return
         for request_id, token in found:
             answer = self._answers[request_id]
