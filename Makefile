@@ -62,7 +62,7 @@ vllm: $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	  $(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow and not gpu" --durations=10 $(ARGS)
+	  $(VLLM_VENV)/bin/python -m pytest tests/integration/test_vllm.py -m "not slow and not gpu" --durations=10 $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/ultrafuser demo $(ARGS)
