@@ -15,7 +15,9 @@ import openai
 import pytest
 import uvicorn
 from conftest import fused_over, save_model, tiny_model
+from typer.testing import CliRunner
 
+from ultrafuser.cli import app
 from ultrafuser.cli.serve import _hosts
 from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.sampling import SamplingParams
@@ -473,3 +475,18 @@ def test_which_names_these_are(host, allowed, hosts):
     found = _hosts(host, allowed)
     assert (found is None) if hosts is None else (hosts <= set(found))
     assert found is None or "evil.example" not in found
+
+
+@pytest.mark.parametrize("key", ["", "schlüssel"])
+def test_a_key_that_protects_nothing_is_refused(key):
+    result = CliRunner().invoke(app, ["serve", "nowhere", "--api-key", key])
+    assert result.exit_code == 2
+    assert "--api-key must be plain ASCII and not empty" in result.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_opened():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", "nowhere", "--port", str(port)])
+    assert result.exit_code == 2
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use." in result.stderr

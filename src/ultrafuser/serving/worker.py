@@ -84,7 +84,9 @@ class DecodingWorker:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, Answer] = {}  # of the thread
         self._num_requests = 0  # of the event loop
-        self._undecided: set[Future[None]] = set()
+        self._undecided: set[Future[None]] = (
+            set()
+        )  # requests that are handed in, and not yet taken or refused
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
@@ -136,7 +138,7 @@ class DecodingWorker:
         self._undecided.add(accepted)
         self._inbox.put(lambda: self._accept(answers, accepted, wanted))
         try:
-            if not self.is_alive:  # now that it is in the inbox: whoever ends looks through it
+            if not self.is_alive:  # if it ends from here on, it finds the request among the undecided
                 raise ClosingError("decoding has stopped. Start the server again.")
             await asyncio.wrap_future(accepted)
         except BaseException:
@@ -190,7 +192,7 @@ class DecodingWorker:
             found = self._decoder.step()
         except (
             Exception
-        ) as error:  # whatever it is, those who wait have to hear of it, and others can be served
+        ) as error:  # whatever it is, those in the step have to hear of it, and others can be served
             failed = self._answers.keys() - set(self._decoder.waiting_ids)
             _log.exception("a decoding step failed for %d requests", len(failed))
             for request_id in failed:

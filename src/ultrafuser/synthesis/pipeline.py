@@ -52,7 +52,10 @@ class Account:
 
     Args:
         recipe: with the budget and the prices.
-        book: with what was spent before.
+        tokens: spent so far, read and written.
+        money: spent so far, in the currency of the prices.
+        promised_tokens: that requests under way may cost at most.
+        promised_money: likewise.
     """
 
     recipe: SynthesisRecipe
@@ -202,8 +205,7 @@ class Pipeline:
                     book.note("structured", endpoint.structured)
 
         async with asyncio.TaskGroup() as group:
-            # Twice as many as may ask at once: while one reads an answer, another's question is ready.
-            for _ in range(2 * self._recipe.endpoint.concurrency):
+            for _ in range(self._recipe.endpoint.concurrency):
                 group.create_task(work())
 
     def _unanswered(self, calls: Iterator[Call]) -> Iterator[Call]:

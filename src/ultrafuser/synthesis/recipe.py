@@ -10,6 +10,8 @@ from ultrafuser.errors import RecipeError
 from ultrafuser.recipes import RecipeSection, load_recipe
 
 StageName = Literal["meta_topics", "sub_topics", "instructions", "related", "complicated", "responses"]
+Check = Literal["none", "code", "math"]
+"""What is looked at in responses."""
 STAGES: tuple[StageName, ...] = (
     "meta_topics",
     "sub_topics",
@@ -111,7 +113,7 @@ class DomainSettings(RecipeSection):
         default=0.0, ge=0, le=1, description="share of conversations of more than one turn"
     )
     turns: int = Field(default=3, ge=2, description="of those, at most")
-    check: Literal["none", "code", "math"] = Field(
+    check: Check = Field(
         default="none", description="code: Python in answers has to run; math: final answers have to agree"
     )
 

@@ -1,9 +1,9 @@
 """Whether a response is right, as far as a machine can tell: code that runs, final answers that agree."""
 
 import re
-from typing import Literal
 
 from ultrafuser.sandbox import Sandbox
+from ultrafuser.synthesis.recipe import Check
 
 _CODE = re.compile(r"```(?:python|py|python3)[ \t]*\n(.*?)```", re.DOTALL)
 _NOT_JUDGED = ("ModuleNotFoundError", "EOFError")
@@ -47,9 +47,6 @@ def answer_problem(response: str, reference: str) -> str | None:
     if not found:
         return f"no final answer, {reference} was expected"
     return None if verify(expected, found) else f"{found[-1]}, {reference} was expected"
-
-
-Check = Literal["none", "code", "math"]
 
 
 def problem_of(check: Check, response: str, reference: str | None, sandbox: Sandbox | None) -> str | None:
