@@ -107,12 +107,14 @@ def create_app(fault_share: float, latency_s: float) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Any:
+        loop = asyncio.get_running_loop()
+        arrived_s = loop.time()
         body = await request.json()
         prompt = "\n".join(message["content"] for message in body["messages"])
         asked.append([hashlib.sha256(prompt.encode()).hexdigest()[:16], body.get("seed")])
-        await asyncio.sleep(latency_s)
         fault = chance.choice(FAULTS) if chance.random() < fault_share else None
         text = answer(prompt)
+        await asyncio.sleep(max(arrived_s + latency_s - loop.time(), 0))
         if fault == "429":
             return JSONResponse({"error": {"message": "slow down"}}, 429, headers={"retry-after": "0.05"})
         if fault == "500":

@@ -1,8 +1,11 @@
 """The pipeline of `ultrafuser synth`: how near it comes to what a server allows, and its sieve at full size.
 
-Throughput: a whole run against a server on loopback that takes 200 ms for every answer. The ideal is that of every
-round's questions, the allowed number at once: `throughput_fraction` is the ideal time over the time it took, with
-planning, sieving and bookkeeping in it.
+Throughput: a whole run against a server on loopback that takes 200 ms for every answer. A stage waits for the one
+before it, and a further round for the first; the ideal is that of each such step's questions always the allowed number
+is asked at once. `throughput_fraction` is the ideal time over the time it took, with planning, sieving and bookkeeping in
+it; `slots_used_fraction` is the same without allowing for the waiting, as if all questions had been known at once.
+`of_bare_fraction` compares with what a loop that does nothing but send bytes and read bytes gets from the same server
+at the same time instead of with the ideal.
 
 Sieve: generated instructions (words of Python's manual at random), among them planted near duplicates (a word of thirty
 changed) and planted texts of benchmarks (thirteen words in a row of one); each is given to the sieve as in a run.
@@ -10,6 +13,7 @@ changed) and planted texts of benchmarks (thirteen words in a row of one); each 
     python benchmarks/synth.py --benchmarks FOLDER
 """
 
+import asyncio
 import json
 import math
 import random
@@ -26,6 +30,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated
 
+import aiohttp
 import httpx
 import typer
 from rich.console import Console
@@ -63,6 +68,23 @@ def server(latency_s: float, faults: float = 0.0) -> Iterator[str]:
             process.kill()
 
 
+async def bare(url: str, calls: int, concurrency: int) -> float:
+    """Seconds that so many calls take a client that does nothing else."""
+    body = json.dumps({"model": "canned", "messages": [{"role": "user", "content": "word " * 150}]}).encode()
+    left = iter(range(calls))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=concurrency)) as session:
+
+        async def work() -> None:
+            for _ in left:
+                headers = {"content-type": "application/json"}
+                async with session.post(f"{url}/chat/completions", data=body, headers=headers) as response:
+                    await response.read()
+
+        start = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+        return time.perf_counter() - start
+
+
 def throughput(instructions: int, concurrency: int, latency_s: float) -> dict[str, float]:
     """A whole run at the paper's proportions; the metrics."""
     shares = {"text": (30, 1100, 100 / 310), "code": (21, 407, 100 / 310), "math": (21, 80, 110 / 310)}
@@ -88,15 +110,20 @@ def throughput(instructions: int, concurrency: int, latency_s: float) -> dict[st
         pipeline.run()
         took_s = time.perf_counter() - start
         keys = pipeline.tools.book.keys()
-        rounds = Counter(key.rsplit("/", 1)[0] for key in keys)
+        steps = Counter((key.split("/")[0], key.split("/")[2]) for key in keys)
         pipeline.close()
-    ideal_s = sum(math.ceil(calls / concurrency) * latency_s for calls in rounds.values())
+        bare_s = asyncio.run(bare(url, len(keys), concurrency))
+    ideal_s = sum(math.ceil(calls / concurrency) * latency_s for calls in steps.values())
     return {
-        "calls": sum(rounds.values()),
+        "calls": len(keys),
+        "steps": len(steps),
         "ideal_s": ideal_s,
         "took_s": took_s,
-        "calls_per_s": sum(rounds.values()) / took_s,
+        "calls_per_s": len(keys) / took_s,
         "throughput_fraction": ideal_s / took_s,
+        "slots_used_fraction": len(keys) * latency_s / concurrency / took_s,
+        "bare_fraction": math.ceil(len(keys) / concurrency) * latency_s / bare_s,
+        "of_bare_fraction": ideal_s / took_s * bare_s / (math.ceil(len(keys) / concurrency) * latency_s),
     }
 
 

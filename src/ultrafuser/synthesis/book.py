@@ -230,12 +230,11 @@ class Book:
         except sqlite3.IntegrityError as error:
             raise UltrafuserError(f"the call {row[0]} was answered twice.") from error
 
-    def answers(self, keys: Iterable[str]) -> Iterator[tuple[str, str] | None]:
-        """(text, finish) of each call, in order; None for one that was given up."""
-        for key in keys:
-            query = "SELECT answer, finish FROM calls WHERE key = ?"
-            row = self._connection.execute(query, (key,)).fetchone()
-            yield None if row is None or row[0] is None else (row[0], row[1])
+    def answer(self, key: str) -> tuple[str, str] | None:
+        """(text, finish) of a call that is over; None for one that was given up."""
+        query = "SELECT answer, finish FROM calls WHERE key = ?"
+        row = self._connection.execute(query, (key,)).fetchone()
+        return None if row is None or row[0] is None else (row[0], row[1])
 
     def next_round(self, stage: str, domain: str) -> int | None:
         """The round that a stage has to go on with in a domain; None when it is done."""

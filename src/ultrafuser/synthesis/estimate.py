@@ -79,6 +79,6 @@ def _prompt(prompts: Prompts, stage: str, domain: str) -> str:
     known: dict[str, Any] = {
         "count": PER_CALL.get(stage, 1), "known": [_NAME] * (SHOWN // 2), "meta_topic": _NAME, "name": _NAME,
         "relevance": _SENTENCE, "use_case": _SENTENCE, "example": _INSTRUCTION, "others": [_INSTRUCTION] * 2,
-        "strongly": True, "instruction": _INSTRUCTION, "wants_reference": False,
+        "strongly": True, "part": 1, "parts": 2, "instruction": _INSTRUCTION, "wants_reference": False,
     }  # fmt: skip
     return prompts.render(stage, domain, **known)

@@ -1,10 +1,12 @@
 """Runs the stages: asks every question of a round that has no answer yet, then makes of the answers what they make."""
 
 import asyncio
+import gc
 import itertools
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import ModelSettings, SynthesisRecipe
 from ultrafuser.synthesis.sieve import Sieve
 from ultrafuser.synthesis.stages import (
+    Answer,
     Call,
     ComplicatedStage,
     InstructionStage,
@@ -37,8 +40,8 @@ STAGES: tuple[type[Stage], ...] = (
     ComplicatedStage,
     ResponseStage,
 )
-_LOOKED_UP = 500
-"""Calls whose answers are looked for in the book at once."""
+_PLANNED = 10
+"""Calls that are planned and looked for in the book at once: more would keep answers that have come waiting."""
 CHARACTERS_PER_TOKEN = 4.0
 
 
@@ -165,57 +168,65 @@ class Pipeline:
         Raises:
             UltrafuserError: the endpoint or the budget does not allow to go on; the same call goes on later.
         """
+        # Looking for garbage among all that libraries and sieve hold takes long, and no answer is read meanwhile.
+        gc.collect()
+        gc.freeze()
         try:
             asyncio.run(self._run())
         except ExceptionGroup as group:
             raise _first(group) from group
+        finally:
+            gc.unfreeze()
 
     async def _run(self) -> None:
-        book = self.tools.book
-        async with Endpoint(self._recipe.endpoint, book.noted("structured")) as endpoint:
+        async with Endpoint(self._recipe.endpoint, self.tools.book.noted("structured")) as endpoint:
             for stage in self._stages:
-                for domain, settings in self._recipe.domains.items():
-                    while (number := book.next_round(stage.name, domain)) is not None:
-                        title = f"{stage.name.replace('_', ' ')}, {domain}" + (
-                            f", round {number + 1}" if number else ""
-                        )
-                        with ProgressBar(title) as bar:
-                            expected = max(round(stage.expected_calls(settings)), 1)
-                            await self._ask(endpoint, stage, domain, number, bar, expected)
-                        calls = stage.plan(domain, number)
-                        made = stage.make(domain, number, self._answered(calls))
-                        book.finish_round(
-                            stage.name, domain, number, made.items, made.removed, is_last=made.is_last
-                        )
+                while lines := self._next_lines(stage):
+                    await self._ask(endpoint, stage, lines)
 
-    async def _ask(
-        self, endpoint: Endpoint, stage: Stage, domain: str, number: int, bar: ProgressBar, expected: int
-    ) -> None:
-        """Get an answer to every question of a round that has none."""
-        book, done = self.tools.book, 0
-        waiting = self._unanswered(stage.plan(domain, number))
+    def _next_lines(self, stage: Stage) -> "list[_Line]":
+        """The next round of every domain that has not finished a stage; nobody is a round ahead of another, so that an
+        interrupted run takes what is new in the same order as one that was not.
+        """
+        rounds = {domain: self.tools.book.next_round(stage.name, domain) for domain in self._recipe.domains}
+        number = min((number for number in rounds.values() if number is not None), default=None)
+        if number is None:
+            return []
+        return [
+            _Line(self.tools.book, domain, number, stage.plan(domain, number))
+            for domain, at in rounds.items()
+            if at == number
+        ]
+
+    async def _ask(self, endpoint: Endpoint, stage: Stage, lines: "list[_Line]") -> None:
+        """Get an answer to every question of a round that has none, and make of the answers what they make."""
+        book, number, done = self.tools.book, lines[0].number, 0
+        domains = [line.domain for line in lines]
+        expected = sum(stage.expected_calls(self._recipe.domains[domain]) for domain in domains)
+        waiting = ((line, call) for line in lines for call in line.unanswered())
+        title = f"{stage.name.replace('_', ' ')}, {', '.join(domains)}"
 
         async def work() -> None:
             nonlocal done
-            for call in waiting:  # one iterator for all workers: each takes the next
+            for line, call in waiting:  # one iterator for all workers: each takes the next
                 await self._answer(endpoint, stage, call)
+                line.finish(call)
                 done += 1
-                bar.update(done, max(expected, done))
+                bar.update(done, max(round(expected), done, 1))
                 if endpoint.structured != book.noted("structured"):
                     book.note("structured", endpoint.structured)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._recipe.endpoint.concurrency):
-                group.create_task(work())
-
-    def _unanswered(self, calls: Iterator[Call]) -> Iterator[Call]:
-        while batch := list(itertools.islice(calls, _LOOKED_UP)):
-            missing = set(self.tools.book.unanswered([call.key for call in batch]))
-            yield from (call for call in batch if call.key in missing)
-
-    def _answered(self, calls: Iterator[Call]) -> Iterator[tuple[Call, tuple[str, str] | None]]:
-        while batch := list(itertools.islice(calls, _LOOKED_UP)):
-            yield from zip(batch, self.tools.book.answers(call.key for call in batch), strict=True)
+        with ProgressBar(title + (f", round {number + 1}" if number else "")) as bar:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(
+                    2 * self._recipe.endpoint.concurrency
+                ):  # while some ask, others read and check
+                    group.create_task(work())
+                for line in lines:
+                    made = await stage.make(line.domain, number, line.answers())
+                    book.finish_round(
+                        stage.name, line.domain, number, made.items, made.removed, is_last=made.is_last
+                    )
 
     async def _answer(self, endpoint: Endpoint, stage: Stage, call: Call) -> None:
         """Ask until there is an answer that can be read, or until it was asked often enough."""
@@ -259,6 +270,56 @@ class Pipeline:
             for item in book.items("complicated", domain):
                 if item.content["complicated"]:
                     sieve.remember(f"{sources[item.place]}+", item.content["instruction"])
+
+
+class _Line:
+    """The calls of a round in one domain: asked in any order, given back in the order of the plan.
+
+    Args:
+        book: that the answers are in.
+        domain: of the calls.
+        number: of the round.
+        plan: the calls.
+    """
+
+    def __init__(self, book: Book, domain: str, number: int, plan: Iterator[Call]) -> None:
+        self.domain, self.number = domain, number
+        self._book, self._plan = book, plan
+        self._waiting: deque[Call] = deque()
+        self._over: set[str] = set()
+        self._is_complete = False
+        self._changed = asyncio.Event()
+
+    def unanswered(self) -> Iterator[Call]:
+        """Calls that have no answer yet, planned as they are taken."""
+        while batch := list(itertools.islice(self._plan, _PLANNED)):
+            missing = set(self._book.unanswered([call.key for call in batch]))
+            for call in batch:
+                self._waiting.append(replace(call, messages=()))  # an answer is read without them
+                if call.key in missing:
+                    yield call
+                else:
+                    self.finish(call)
+        self._is_complete = True
+        self._changed.set()
+
+    def finish(self, call: Call) -> None:
+        """Note that a call is over."""
+        self._over.add(call.key)
+        if self._waiting[0].key == call.key:
+            self._changed.set()
+
+    async def answers(self) -> AsyncIterator[tuple[Call, Answer]]:
+        """Every call with its answer, as soon as those before it have theirs."""
+        while self._waiting or not self._is_complete:
+            while self._waiting and self._waiting[0].key in self._over:
+                call = self._waiting.popleft()
+                self._over.remove(call.key)
+                yield call, self._book.answer(call.key)
+                await asyncio.sleep(0)  # what is asked goes on meanwhile
+            if self._waiting or not self._is_complete:
+                self._changed.clear()
+                await self._changed.wait()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -86,8 +86,10 @@ class Tools:
         return set(ranked[:count])
 
 
-Answers = Iterable[tuple[Call, tuple[str, str] | None]]
-"""Calls and their answers: text, and why it ended; None for one that was given up."""
+Answer = tuple[str, str] | None
+"""Of a call: text, and why it ended; None for one that was given up."""
+Answers = AsyncIterable[tuple[Call, Answer]]
+"""All calls of a round in the order of its plan, as they are answered."""
 
 
 class Stage(ABC):
@@ -106,11 +108,11 @@ class Stage(ABC):
 
     @abstractmethod
     def plan(self, domain: str, number: int) -> Iterator[Call]:
-        """The questions of a round."""
+        """The questions of a round; what `make` has made counts from the next one on."""
 
     @abstractmethod
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
-        """What the answers to a round's questions make."""
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
+        """What the answers to a round's questions make; all of them are waited for."""
 
     def read(self, call: Call, text: str, finish: str) -> Any:
         """An answer in its form.
@@ -173,7 +175,7 @@ class MetaTopics(Stage):
             count = min(wanted, PER_CALL[self.name])
             yield self.ask(domain, number, 0, Topics, {}, count=count, known=known)
 
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """Names that are new."""
         settings, book = self.settings(domain), self.tools.book
         if isinstance(settings.meta_topics, list):
@@ -181,7 +183,7 @@ class MetaTopics(Stage):
         known = {_same(item.content["name"]) for item in book.items(self.name, domain)}
         wanted = settings.num_meta_topics - book.count(self.name, domain)
         made = Made()
-        for call, answer in answers:
+        async for call, answer in answers:
             if answer is None:
                 continue
             for name in self.read(call, *answer).topics:
@@ -229,10 +231,10 @@ class SubTopicStage(Stage):
                     meta_topic=name, count=count, known=known[-SHOWN:],
                 )  # fmt: skip
 
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """Sub-topics whose names are new in their meta-topic."""
         missing, made = self._missing(domain), Made()
-        for call, answer in answers:
+        async for call, answer in answers:
             parent = call.context["parent"]
             wanted, names = missing[parent]
             known = {_same(name) for name in names}
@@ -303,17 +305,18 @@ class InstructionStage(_InstructionStage):
         missing = self._missing(domain)
         for topic in book.items("sub_topics", domain):
             assert topic.parent is not None
-            for count in _batches(missing[topic.place], PER_CALL[self.name]):
+            counts = _batches(missing[topic.place], PER_CALL[self.name])
+            for part, count in enumerate(counts, 1):
                 yield self.ask(
                     domain, number, next(index), self.kind(domain), {"parent": topic.place},
-                    **topic.content, meta_topic=topics[topic.parent], count=count,
+                    **topic.content, meta_topic=topics[topic.parent], count=count, part=part, parts=len(counts),
                     known=known.get(topic.place, []), wants_reference=self.wants_reference(domain),
                 )  # fmt: skip
 
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """Instructions that the sieve takes."""
         missing, made = self._missing(domain), Made()
-        for call, answer in answers:
+        async for call, answer in answers:
             parent = call.context["parent"]
             for one in [] if answer is None else self.read(call, *answer).instructions:
                 if missing[parent] > 0 and self.take(domain, made, one, parent, {"kind": "base"}):
@@ -371,10 +374,10 @@ class RelatedStage(_InstructionStage):
                     wants_reference=self.wants_reference(domain),
                 )  # fmt: skip
 
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """Instructions that the sieve takes."""
         missing, made = self._missing(domain), Made()
-        for call, answer in answers:
+        async for call, answer in answers:
             strongly = call.context["strongly"]
             kind = "strongly related" if strongly else "weakly related"
             for one in [] if answer is None else self.read(call, *answer).instructions:
@@ -422,9 +425,9 @@ class ComplicatedStage(_InstructionStage):
                     instruction=item.content["instruction"], wants_reference=self.wants_reference(domain),
                 )  # fmt: skip
 
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """All instructions in their final form."""
-        book, made, left = self.tools.book, Made(), iter(answers)
+        book, made, left = self.tools.book, Made(), aiter(answers)
         chosen = self._chosen(domain)
         metas = [item.content["name"] for item in book.items("meta_topics", domain)]
         topics = [
@@ -439,13 +442,13 @@ class ComplicatedStage(_InstructionStage):
             sub_topic = item.parent if item.content["kind"] == "base" else parents[item.parent]
             content = {**item.content, **topics[sub_topic], "complicated": False}
             if place in chosen:
-                call, answer = next(left)
+                call, answer = await anext(left)
                 assert call.context["place"] == place
                 content |= self._rewritten(name, made, call, answer)
             made.items.append(Item(content, sub_topic))
         return made
 
-    def _rewritten(self, name: str, made: Made, call: Call, answer: tuple[str, str] | None) -> dict[str, Any]:
+    def _rewritten(self, name: str, made: Made, call: Call, answer: Answer) -> dict[str, Any]:
         if answer is None:
             return {}
         said = self.read(call, *answer).model_dump()
@@ -486,7 +489,7 @@ class ResponseStage(Stage):
                 continue
             messages: list[dict[str, str]] | None = [{"role": "user", "content": item.content["instruction"]}]
             keys = [self._key(domain, before, item.place) for before in range(number)]
-            for before, answer in enumerate(book.answers(keys)):
+            for before, answer in enumerate(map(book.answer, keys)):
                 if answer is None or messages is None:
                     messages = None
                     break
@@ -536,8 +539,10 @@ class ResponseStage(Stage):
         """See `Stage`."""
         return self.settings(call.context["domain"]).check == "code" and not call.context["is_question"]
 
-    def make(self, domain: str, number: int, answers: Answers) -> Made:
+    async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """Nothing but in the last round: the conversations, as far as they went."""
+        async for _ in answers:
+            pass
         turns = self._turns(domain)
         if number < 2 * max(turns.values(), default=1) - 2:
             return Made(is_last=False)
@@ -545,9 +550,8 @@ class ResponseStage(Stage):
         for item in book.items("complicated", domain):
             rounds = 2 * turns.get(item.place, 1) - 1
             messages = [{"role": "user", "content": item.content["instruction"]}]
-            for before, answer in enumerate(
-                book.answers(self._key(domain, n, item.place) for n in range(rounds))
-            ):
+            keys = [self._key(domain, before, item.place) for before in range(rounds)]
+            for before, answer in enumerate(map(book.answer, keys)):
                 if answer is None:
                     break
                 messages.append({"role": "user" if before % 2 else "assistant", "content": answer[0].strip()})

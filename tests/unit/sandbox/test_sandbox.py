@@ -255,7 +255,9 @@ def test_a_sandbox_that_breaks_is_no_result(sandbox, monkeypatch):
     finish = _Exchange.finish
 
     def broken(self, start_s):
-        os.killpg(self.process.pid, signal.SIGKILL)  # all of it: Bubblewrap alone leaves a warden that may go on
+        os.killpg(
+            self.process.pid, signal.SIGKILL
+        )  # all of it: Bubblewrap alone leaves a warden that may go on
         return finish(self, start_s)
 
     monkeypatch.setattr(_Exchange, "finish", broken)
