@@ -23,17 +23,16 @@ rows say nothing; what speculation would give follows from the printed costs of 
 real models.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
 import typer
+from conversations import DOMAINS, heldout
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -64,7 +63,6 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "tie_word_embeddings": False},
 }  # fmt: skip
-DOMAINS = ("text", "code", "math")
 
 Prompts = Sequence[Sequence[Sequence[int]]]
 """Token ids by prompt and specialist."""
@@ -155,9 +153,7 @@ class _Watch(StoppingCriteria):
 
 def questions(encoder: ConversationEncoder, domain: str, count: int) -> Prompts:
     """Prompts of the demo's held-out conversations of one domain."""
-    path = files("ultrafuser") / "demo" / "conversations" / f"{domain}.heldout.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
-    return [encoder.prompt(row["messages"][:-1]) for row in rows]
+    return [encoder.prompt(messages[:-1]) for messages in heldout(domain)[:count]]
 
 
 def random_specialists(fused: FusedModel, shape: str) -> FusedModel:

@@ -25,7 +25,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from decode import BATCHES, DOMAINS, questions
+from conversations import DOMAINS
+from decode import BATCHES, questions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

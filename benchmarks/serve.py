@@ -20,21 +20,21 @@ It runs in the environment of `make vllm`:
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.resources import files
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import httpx
 import torch
 import typer
+from conversations import first_questions
+from loopback import free_port, wait_until_it_answers
 from openai import AsyncOpenAI, OpenAI
 from rich.console import Console
 from rich.progress import track
@@ -48,25 +48,19 @@ from ultrafuser.modeling.export import export
 from ultrafuser.modeling.specialists import AdapterSpecialists
 
 CLIENTS = [1, 8, 32]
-DOMAINS = ("text", "code", "math")
 START_S = 900.0
 """Seconds that a server may take to start; the first one compiles."""
 
 
 def questions(count: int) -> list[str]:
-    """First questions of the demo's held-out conversations, the domains in turns."""
-    folder = files("ultrafuser") / "demo" / "conversations"
-    rows = [(folder / f"{d}.heldout.jsonl").read_text(encoding="utf-8").splitlines() for d in DOMAINS]
-    mixed = [json.loads(row)["messages"][0]["content"] for group in zip(*rows, strict=False) for row in group]
-    return [mixed[index % len(mixed)] for index in range(count)]
+    """So many, again from the first on where there are not enough."""
+    return list(islice(cycle(first_questions()), count))
 
 
 @contextmanager
 def server(model: str, dtype: str, log: Path, options: Sequence[str]) -> Iterator[str]:
     """`vllm serve` on a free port of loopback; gives its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--served-model-name", "m", "--dtype", dtype, "--max-model-len", "1024"]
     command += ["--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2**30), *options]
@@ -75,25 +69,13 @@ def server(model: str, dtype: str, log: Path, options: Sequence[str]) -> Iterato
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(url, process, log)
+        wait_until_it_answers(
+            f"{url}/health", START_S, lambda: None if process.poll() is None else log.read_text()[-3000:]
+        )
         yield f"{url}/v1"
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise RuntimeError(f"vLLM ended while it started:\n{log.read_text()[-3000:]}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"vLLM did not start within {START_S:.0f} s:\n{log.read_text()[-3000:]}")
 
 
 def throughput(url: str, clients: int, each: int, max_new_tokens: int) -> float:
@@ -109,7 +91,8 @@ def throughput(url: str, clients: int, each: int, max_new_tokens: int) -> float:
                 max_tokens=max_new_tokens,
                 extra_body={"ignore_eos": True},
             )
-            assert answer.usage is not None
+            if answer.usage is None or answer.usage.completion_tokens != max_new_tokens:
+                raise RuntimeError(f"{max_new_tokens} tokens were wanted, {answer.usage} came")
             tokens += answer.usage.completion_tokens
         return tokens
 
@@ -191,20 +174,24 @@ def main(
                 console.print(
                     f"{name}: {equal} of {exact} responses equal, log-probabilities within {difference:.1e}"
                 )
-        table = Table("server", "clients", "tokens/s", "over one")
+        table = Table("server", "clients", "tokens/s", "over one", "from", "to")
         for count in clients:
             found: dict[str, list[float]] = {name: [] for name in planned}
             for index in track(range(rounds + 1), f"{count} clients"):
-                for name, url in urls.items():
-                    tokens_per_s = throughput(url, count, each, max_new_tokens)
+                names = list(planned)
+                for name in names[index % len(names) :] + names[: index % len(names)]:  # none is always first
+                    tokens_per_s = throughput(urls[name], count, each, max_new_tokens)
                     if index:
                         found[name].append(tokens_per_s)
             for name, values in found.items():
                 ratios = [a / b for a, b in zip(values, found["one"], strict=True)]
-                table.add_row(name, str(count), f"{median(values):.1f}", f"{median(ratios):.2f}")
+                spread = [f"{ratio:.2f}" for ratio in (median(ratios), min(ratios), max(ratios))]
+                table.add_row(name, str(count), f"{median(values):.1f}", *spread)
                 metrics[f"tokens_per_s/{name}/clients{count}"] = median(values)
                 if name != "one":
                     metrics[f"throughput_ratio/{name}/clients{count}"] = median(ratios)
+                    metrics[f"throughput_ratio_min/{name}/clients{count}"] = min(ratios)
+                    metrics[f"throughput_ratio_max/{name}/clients{count}"] = max(ratios)
         console.print(table)
     if json_file is not None:
         settings = {"model": model, "dtype": dtype, "each": each, "rounds": rounds, "eager": eager,

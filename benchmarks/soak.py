@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -29,13 +28,14 @@ from typing import Annotated, Any
 import httpx
 import psutil
 import typer
+from conversations import first_questions
+from loopback import wait_until_it_answers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from ultrafuser.cli.report import provenance, write_metrics
 
-DOMAINS = ("text", "code", "math")
 LEAVING, ERRING = 1 / 3, 1 / 10
 LEAK = 0.05
 
@@ -71,7 +71,7 @@ def server(model: str, max_waiting: int) -> Iterator[tuple[str, psutil.Process]]
                 if not line:
                     raise RuntimeError(f"the server ended while it started:\n{said}")
                 said += line
-            _wait(match[1])
+            wait_until_it_answers(f"{match[1]}/health", 10, lambda: None)
             yield match[1], psutil.Process(process.pid)
         finally:
             process.terminate()
@@ -80,27 +80,11 @@ def server(model: str, max_waiting: int) -> Iterator[tuple[str, psutil.Process]]
                 print(rest, file=sys.stderr)
 
 
-def _wait(url: str) -> None:
-    for _ in range(100):
-        try:
-            httpx.get(f"{url}/health").raise_for_status()
-            return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise RuntimeError("the server says where it is, but does not answer")
-
-
 def good_requests(count: int, seed: int) -> list[Body]:
     """Different questions and settings, half of them sampled with a seed."""
-    folder = files("ultrafuser") / "demo" / "conversations"
-    texts = [
-        json.loads(line)["messages"][0]["content"]
-        for domain in DOMAINS
-        for line in (folder / f"{domain}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     choice = random.Random(seed)
     bodies = []
-    for index, text in enumerate(choice.sample(texts, count)):
+    for index, text in enumerate(choice.sample(first_questions(), count)):
         body: Body = {"model": "m", "messages": [{"role": "user", "content": text}], "stream": True}
         body |= {"max_tokens": choice.randint(6, 24), "temperature": 0}
         if index % 2:
@@ -259,7 +243,8 @@ async def _idle(client: httpx.AsyncClient, findings: Findings) -> None:
     """Wait until the server has nothing to do; those who left must not keep it busy."""
     for _ in range(100):
         text = (await client.get("/metrics")).text
-        if re.search(r"^ultrafuser_requests 0(\.0)?$", text, re.MULTILINE):
+        counts = re.findall(r"^ultrafuser_requests\{.*\} (\S+)$", text, re.MULTILINE)
+        if len(counts) == 2 and not any(map(float, counts)):
             return
         await asyncio.sleep(0.1)
     findings.problems.append("ten seconds after the last client, requests are still running")

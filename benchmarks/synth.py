@@ -2,9 +2,9 @@
 
 Throughput: a whole run against a server on loopback that takes 200 ms for every answer. A stage waits for the one
 before it, and a further round for the first; the ideal is that of each such step's questions always the allowed number
-is asked at once. `throughput_fraction` is the ideal time over the time it took, with planning, sieving and bookkeeping in
-it; `slots_used_fraction` is the same without allowing for the waiting, as if all questions had been known at once.
-`of_bare_fraction` compares with what a loop that does nothing but send bytes and read bytes gets from the same server
+is asked at once. `throughput_fraction` is the ideal time over the time it took, planning, sieving and bookkeeping
+included; `slots_used_fraction` is the same without allowing for the waiting, as if all questions had been known at
+once. `of_bare_fraction` compares with what a loop that does nothing but send and read bytes gets from the same server
 at the same time instead of with the ideal.
 
 Sieve: generated instructions (words of Python's manual at random), among them planted near duplicates (a word of thirty
@@ -18,7 +18,6 @@ import json
 import math
 import random
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,8 @@ from pydoc_data.topics import topics
 from typing import Annotated
 
 import aiohttp
-import httpx
 import typer
+from loopback import free_port, wait_until_it_answers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -49,20 +48,13 @@ DUPLICATES, CONTAMINATED = 0.05, 0.005
 @contextmanager
 def server(latency_s: float, faults: float = 0.0) -> Iterator[str]:
     """The canned endpoint on a free port of loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(Path(__file__).with_name("chat_server.py"))]
     with subprocess.Popen(
         [*command, str(port), str(faults), str(latency_s)], stdout=subprocess.PIPE
     ) as process:
         try:
-            for _ in range(200):
-                try:
-                    httpx.get(f"http://127.0.0.1:{port}/asked")
-                    break
-                except httpx.TransportError:
-                    time.sleep(0.05)
+            wait_until_it_answers(f"http://127.0.0.1:{port}/asked", 30, lambda: None)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.kill()

@@ -172,6 +172,38 @@ def test_nothing_in_an_answer_runs_and_markdown_is_shown(opened):
     assert page.evaluate("window.ran") is None
 
 
+def test_code_is_selected_where_there_is_no_clipboard(opened):
+    page = opened()
+    page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.reload()
+    page.click("summary")
+    ask(page)
+    finished(page)
+    page.click("text=Copy")
+    sync_api.expect(page.locator(".fence button")).to_have_text("Selected")
+    assert page.evaluate("getSelection().toString()") == 'print("<b>")'
+
+
+def test_the_limit_is_sent_where_it_is_set_and_the_end_token_is_no_text(opened):
+    page = opened()
+    sent = []
+    page.on(
+        "request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None
+    )
+    ask(page, limit=3)
+    finished(page)
+    assert sent[-1]["max_tokens"] == 3
+    page.click("#new")
+    ask(page, limit="")
+    finished(page)
+    assert "max_tokens" not in sent[-1]
+    assert "im_end" not in page.locator(".body").inner_text()
+    last = page.locator(".strip").bounding_box()
+    page.mouse.move(last["x"] + last["width"] - 1, last["y"] + 5)
+    assert page.locator("#tip code").inner_text() == "<|im_end|>"
+    assert sum(tip_weights(page)) == pytest.approx(1, abs=2e-4)
+
+
 def test_one_specialist_answers_alone_beside_the_fused_answer(opened):
     page = opened(viewport={"width": 1000, "height": 700})
     page.select_option("#alone", "b")
@@ -256,9 +288,11 @@ def test_the_page_asks_for_the_api_key(opened, fused):
         page.press("#key", "Enter")
         sync_api.expect(page.locator("#ask[open]")).to_be_visible()
         sync_api.expect(page.locator("#key")).to_have_value("")  # asked anew
+        assert page.evaluate("sessionStorage.length") == 0  # a wrong key is not kept
         page.fill("#key", "secret")
         page.press("#key", "Enter")
         sync_api.expect(page.locator("#model")).to_have_text("tiny")
+        assert page.evaluate("sessionStorage.getItem('ultrafuser-key')") == "secret"
         page.click("summary")
         ask(page)
         finished(page)

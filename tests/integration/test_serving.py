@@ -257,7 +257,8 @@ def test_a_client_that_leaves_cancels_and_metrics_say_what_was_done(fused, monke
         assert server.decoder.num_active + server.decoder.num_waiting == 0
         assert server.decoder.stats.tokens < 50
         metrics = httpx.get(f"{server.url}/metrics").text
-        assert "ultrafuser_requests 0.0" in metrics
+        assert 'ultrafuser_requests{state="running"} 0.0' in metrics
+        assert 'ultrafuser_requests{state="waiting"} 0.0' in metrics
         assert 'ultrafuser_responses_total{status="200"}' in metrics
         means = [
             float(line.split()[-1])
@@ -265,6 +266,63 @@ def test_a_client_that_leaves_cancels_and_metrics_say_what_was_done(fused, monke
             if line.startswith("ultrafuser_mean_gate")
         ]
         assert sum(means) == pytest.approx(1, abs=1e-4)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])  # the older one is uvicorn's
+def test_a_client_that_takes_nothing_is_left_and_its_place_is_free(fused, spec_version):
+    decoder = FusedDecoder(*fused, max_batch=1)
+    server = create_app(fused, decoder, ServerSettings(name="tiny", max_waiting=0, write_timeout_s=0.2))
+    body = {"model": "tiny", "messages": QUESTION, "stream": True, "max_tokens": 150, "logprobs": True}
+    asked = [{"type": "http.request", "body": json.dumps(body).encode()}]
+    headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers,
+        "asgi": {"version": "3.0", "spec_version": spec_version},
+    }  # fmt: skip
+
+    async def receive():
+        return asked.pop() if asked else await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # nobody reads
+
+    async def story():
+        async with server.router.lifespan_context(server), asyncio.timeout(30):
+            await server(scope, receive, send)
+            while decoder.num_active:
+                await asyncio.sleep(0.01)
+            transport = httpx.ASGITransport(server)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+                again = await client.post("/v1/chat/completions", json={**body, "stream": False})
+            return again.status_code
+
+    assert asyncio.run(story()) == 200
+    assert decoder.stats.tokens < 300
+
+
+def test_bytes_of_log_probabilities_are_the_tokens_own(client, fused):
+    options = {"max_tokens": 40, "seed": 3, "temperature": 1.0, "logprobs": True, "top_logprobs": 3}
+    found = client.chat.completions.create(model="tiny", messages=QUESTION, **options).choices[0]
+    assert any(
+        one.token.startswith("bytes:") for one in found.logprobs.content
+    )  # random bytes are no characters
+    content = b"".join(bytes(one.bytes) for one in found.logprobs.content)
+    text = content.removesuffix(b"<|im_end|>").decode(errors="replace")
+    assert text.replace("\ufffd", "") == found.message.content.replace("\ufffd", "")
+    for one in found.logprobs.content:
+        assert one.token == bytes(one.bytes).decode(errors="ignore") or one.token.startswith("bytes:\\x")
+
+
+def test_the_mean_gate_weight_is_of_what_the_gate_decided(fused):
+    server = Server(fused)
+    try:
+        ask(server.client(), max_tokens=3, extra_body={"specialist": "b"})
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'ultrafuser_mean_gate_weight{specialist="b"} 0.0' in metrics
+        assert "ultrafuser_tokens_total 3.0" in metrics
     finally:
         server.stop()
 
@@ -293,6 +351,44 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, tokenizer):
             assert client.models.list().data[0].id == "fused"
             process.send_signal(signal.SIGINT)
             assert process.wait(60) in (0, -signal.SIGINT)
+        finally:
+            process.kill()
+
+
+def test_what_runs_has_its_time_to_finish_and_no_more(tmp_path, tokenizer):
+    folder = save_model(tmp_path / "base", tiny_model(max_position_embeddings=100_000), tokenizer)
+    save_fused(fuse({name: SpecialistSource(model=folder) for name in "ab"}, gate_size=8), tmp_path / "fused")
+    port = free_port()
+    code = "from ultrafuser.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "serve",
+        str(tmp_path / "fused"),
+        "--port",
+        str(port),
+        "--grace-s",
+        "1",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            process.stderr.readline()
+            body = {
+                "model": "fused",
+                "messages": QUESTION,
+                "stream": True,
+                "max_tokens": 90_000,
+                "logit_bias": {},
+            }
+            body["stop"] = ["nothing that it says"]
+            with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=body) as response:
+                assert response.status_code == 200
+                next(response.iter_lines())
+                start = time.monotonic()
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+            assert 0.9 < time.monotonic() - start < 20  # a response of minutes
         finally:
             process.kill()
 
@@ -374,7 +470,7 @@ def test_a_failing_step_is_told_to_those_who_wait_and_to_nobody_else(fused, monk
         await asyncio.to_thread(worker.close)
         return lengths, worker.num_requests
 
-    assert asyncio.run(story()) == ([4, 4], 0)
+    assert asyncio.run(story()) == ([4, 4], (0, 0))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

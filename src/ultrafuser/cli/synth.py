@@ -47,6 +47,12 @@ def synth(
             help="Run code of answers even without a sandbox: it may do all you may.",
         ),
     ] = False,
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            "--ray", min=1, metavar="N", help="Ask from N processes of a Ray cluster, or of this machine."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Make conversations as UltraChat 2 was made: topics, instructions, responses, checks.
@@ -76,7 +82,7 @@ def synth(
                                          ("output_tokens", e.output_tokens), ("seconds", e.seconds))}  # fmt: skip
             write_metrics(json_file, found, provenance(recipe=str(recipe), seed=settings.seed))
         return
-    pipeline = Pipeline(settings, output, unsandboxed=unsandboxed)
+    pipeline = Pipeline(settings, output, unsandboxed=unsandboxed, num_askers=ray)
     try:
         pipeline.run()
         summaries = export(pipeline.tools, output, figure=figure)

@@ -150,7 +150,8 @@ class DraftLength:
     Drafting pays as long as the tokens that it is expected to bring cost less time than plain steps would take for
     them. Where it does not, nothing is drafted; experience fades meanwhile, so that it is tried again now and then.
     Expectations may be wrong for as long as they like: an account of the time that drafting has lost, against plain
-    steps of as many conversations, stops it until plain steps have made up for the loss at 2 % of their time.
+    steps of as many conversations, stops it until plain steps have made up for the loss at 2 % of their time. Machines
+    slow down and recover: steps with drafts are settled against what plain ones took before and after them.
 
     Args:
         guess: time of a step that drafts K tokens over a plain one's, until it has been measured.
@@ -161,6 +162,7 @@ class DraftLength:
     _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     _FIRST_ROWS = 4  # of a pass, before more are tried; then twice as many as were, or the next length
     _TRIED_AGAIN_AFTER = 64  # plain steps; then what drafting cost is forgotten
+    _REMEMBERED = 3  # times of each kind of step
     _LOSS = 0.02  # of all time, that drafting may lose
     _MOST_SAVED = 1.0  # plain steps; what drafting has saved beyond cannot be lost again later
     _MEASURED_AFTER = 24  # steps with drafts: then what a plain one takes by now
@@ -172,6 +174,8 @@ class DraftLength:
         self._seconds: dict[tuple[int, int], deque[float]] = {}
         self._plain_in_a_row = self._drafted_in_a_row = 0
         self._lost_s = 0.0
+        self._unsettled: list[tuple[int, float]] = []  # (tokens, seconds) since the last plain step
+        self._unsettled_of = 0  # conversations in each of them
 
     def observe(self, num_conversations: int, num_drafted: int, num_tokens: int, seconds: float) -> None:
         """Learn from a step.
@@ -187,12 +191,34 @@ class DraftLength:
         if self._plain_in_a_row > self._TRIED_AGAIN_AFTER:
             self._plain_in_a_row = 0
             self._seconds = {key: seen for key, seen in self._seconds.items() if key[1] == 0}
-        self._seconds.setdefault((num_conversations, num_drafted), deque(maxlen=5)).append(seconds)
+        if num_conversations != self._unsettled_of:
+            self._settle()
+            self._unsettled_of = num_conversations
+        self._seconds.setdefault((num_conversations, num_drafted), deque(maxlen=self._REMEMBERED)).append(
+            seconds
+        )
         self._lost_s -= self._LOSS * seconds
-        if num_drafted and (num_conversations, 0) in self._seconds:
-            plain_s = self._median_s(num_conversations, 0)
-            self._lost_s += seconds - num_tokens * plain_s / num_conversations
-            self._lost_s = max(self._lost_s, -self._MOST_SAVED * plain_s)
+        if num_drafted:
+            self._unsettled.append((num_tokens, seconds))
+        elif (
+            self._plain_in_a_row >= self._REMEMBERED
+            or self._account_s() <= self._median_s(num_conversations, 0) / 2
+        ):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Charge steps with drafts with what they took beyond plain ones for as many tokens."""
+        self._lost_s = self._account_s()
+        self._unsettled.clear()
+
+    def _account_s(self) -> float:
+        """What drafting has lost as far as is known by now; what it has saved, if that is negative."""
+        if not self._unsettled or (self._unsettled_of, 0) not in self._seconds:
+            return self._lost_s
+        plain_s = self._median_s(self._unsettled_of, 0)
+        taken_s = sum(seconds for _, seconds in self._unsettled)
+        saved_s = sum(num_tokens for num_tokens, _ in self._unsettled) * plain_s / self._unsettled_of
+        return max(self._lost_s + taken_s - saved_s, -self._MOST_SAVED * plain_s)
 
     def best(self, num_conversations: int, rates: Sequence[float]) -> int:
         """The number of tokens to draft for each conversation; 0 for none.
@@ -206,8 +232,8 @@ class DraftLength:
                 0  # what others cost is measured against plain steps, the first of all and one now and then
             )
         plain_s = self._median_s(num_conversations, 0)
-        if self._lost_s > plain_s / 2:
-            return 0
+        if self._account_s() > plain_s / 2:
+            return 0  # the plain steps that follow tell whether that was drafting's fault
         without = num_conversations - len(rates)
 
         def tokens_per_s(length: int) -> float:

@@ -1,8 +1,10 @@
 """Text of a growing response, and where it has to stop."""
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 class TextStream:
@@ -100,6 +102,28 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     if texts:
         texts[-1] += stream.flush()
     return texts
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
+    """What a token stands for, in UTF-8; of a token that is a part of a character only, the bytes that it is.
+
+    Args:
+        tokenizer: that the specialists share.
+        token_id: of one token, special or not.
+    """
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    if "\ufffd" not in text:
+        return text.encode()
+    written = tokenizer.convert_ids_to_tokens(token_id)
+    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", written):  # how SentencePiece writes a byte
+        return bytes.fromhex(found[1])
+    if set(written) <= _BYTES.keys():
+        return bytes(_BYTES[character] for character in written)
+    return text.encode()
+
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""How vocabularies over bytes write each of them."""
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultrafuser.decoding.engine import FusedDecoder, TokenStep
@@ -60,6 +61,7 @@ class ServerSettings:
         hosts: names under which it may be asked (a page of somebody else's could have its own name lead here); None
             for any.
         colours: of the specialists, in order, for the page at `/`, as `#rrggbb`; None for a server without a page.
+        write_timeout_s: a client that takes nothing of its response for so many seconds is left.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] | None = None
     colours: tuple[str, ...] | None = None
+    write_timeout_s: float = 60.0
 
 
 def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSettings) -> FastAPI:
@@ -162,6 +165,7 @@ class _Job:
     prompt_tokens: int
     arrived_s: float
     places: int
+    is_gated: bool
     has_begun: bool = False
 
 
@@ -256,9 +260,8 @@ class _Service:
             raise
         if body.stream:
             options = body.stream_options
-            return _Stream(
-                self._stream(job, options is not None and options.include_usage), lambda: self._end(job)
-            )
+            content = self._stream(job, options is not None and options.include_usage)
+            return _Stream(content, lambda: self._end(job), self._settings.write_timeout_s)
         collecting = asyncio.ensure_future(self._collect(job))
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
@@ -300,7 +303,9 @@ class _Service:
         choices = [Choice(index, chat, names, self._fused.tokenizer) for index in range(len(answers))]
         num_read = sum(len(prompt[0]) for prompt in prompts)
         self.metrics.read(num_read)
-        return _Job(head, choices, answers, num_read, arrived_s, places=len(answers))
+        return _Job(
+            head, choices, answers, num_read, arrived_s, places=len(answers), is_gated=body.specialist is None
+        )
 
     def _limit(self, asked: int | None, default: int | None, prompts: Sequence[Sequence[int]]) -> int:
         """Tokens at most: what is asked for, or the default as far as contexts and server leave room for it."""
@@ -339,7 +344,7 @@ class _Service:
                 if not job.has_begun:
                     job.has_begun = True
                     self.metrics.began(time.perf_counter() - job.arrived_s)
-                self.metrics.said(part[1])
+                self.metrics.said(part[1], gated=job.is_gated)
                 yield part
         finally:
             for task in pumps:
@@ -350,8 +355,12 @@ class _Service:
         steps: dict[int, list[TokenStep]] = {index: [] for index in range(len(job.choices))}
         async for choice, some in self._parts(job):
             steps[job.choices.index(choice)] += some
-        choices = [choice.part(steps[index], is_delta=False) for index, choice in enumerate(job.choices)]
-        return {**job.head, "choices": choices, "usage": usage(job.prompt_tokens, job.choices)}
+
+        def write() -> dict[str, Any]:
+            choices = [choice.part(steps[index], is_delta=False) for index, choice in enumerate(job.choices)]
+            return {**job.head, "choices": choices, "usage": usage(job.prompt_tokens, job.choices)}
+
+        return await asyncio.to_thread(write)  # log-probabilities of many choices are a lot of text
 
     async def _stream(self, job: _Job, include_usage: bool) -> AsyncIterator[bytes]:
         """The response in pieces, as server-sent events."""
@@ -372,15 +381,29 @@ class _Service:
 
 
 class _Stream(StreamingResponse):
-    """A streaming response that ends its request however it ends itself, even before it has begun."""
+    """A streaming response that ends its request however it ends itself, even before it has begun.
 
-    def __init__(self, content: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+    Args:
+        content: of the response.
+        end: ends the request.
+        write_timeout_s: for the client to take what is sent.
+    """
+
+    def __init__(
+        self, content: AsyncIterator[bytes], end: Callable[[], None], write_timeout_s: float
+    ) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._end = end
+        self._end, self._write_timeout_s = end, write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._write_timeout_s):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except (TimeoutError, ClientDisconnect):
+            return  # the server closes the connection, since the response is not complete
         finally:
             self._end()
 

@@ -13,10 +13,10 @@ class ServerMetrics:
 
     Args:
         specialists: their names.
-        num_requests: gives how many are running and waiting.
+        num_requests: gives how many are running, and how many are waiting.
     """
 
-    def __init__(self, specialists: Sequence[str], num_requests: Callable[[], int]) -> None:
+    def __init__(self, specialists: Sequence[str], num_requests: Callable[[], tuple[int, int]]) -> None:
         self._registry = CollectorRegistry()
         self._responses = Counter(
             "ultrafuser_responses", "Responses by HTTP status.", ["status"], registry=self._registry
@@ -33,13 +33,17 @@ class ServerMetrics:
             registry=self._registry,
             buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
         )
-        running = Gauge(
-            "ultrafuser_requests", "Requests that are running and waiting.", registry=self._registry
+        requests = Gauge(
+            "ultrafuser_requests",
+            "Responses that are decoded, and those that wait for it or to be sent.",
+            ["state"],
+            registry=self._registry,
         )
-        running.set_function(num_requests)
+        requests.labels("running").set_function(lambda: num_requests()[0])
+        requests.labels("waiting").set_function(lambda: num_requests()[1])
         mean = Gauge(
             "ultrafuser_mean_gate_weight",
-            "Mean gate weight over all generated tokens.",
+            "Mean gate weight over all tokens that the gate decided on.",
             ["specialist"],
             registry=self._registry,
         )
@@ -59,9 +63,11 @@ class ServerMetrics:
         """Count a prompt."""
         self._prompt_tokens.inc(num_tokens)
 
-    def said(self, steps: Sequence[TokenStep]) -> None:
-        """Count generated tokens, and who they came from."""
+    def said(self, steps: Sequence[TokenStep], *, gated: bool) -> None:
+        """Count generated tokens, and who they came from, where that was left to the gate."""
         self._tokens.inc(len(steps))
+        if not gated:
+            return
         self._num_tokens += len(steps)
         for step in steps:
             for name, weight in zip(self._weight_sums, step.gate_weights, strict=True):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ultrafuser.decoding.engine import TokenStep
 from ultrafuser.decoding.sampling import SamplingParams
-from ultrafuser.decoding.text import TextStream
+from ultrafuser.decoding.text import TextStream, token_bytes
 
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> OpenAI's."""
@@ -360,11 +360,18 @@ class Choice:
         return {**self._named(step.token_id, step.logprob), "top_logprobs": best}
 
     def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self._text(token_id), "logprob": logprob, "bytes": list(self._bytes(token_id))}
+
+    def _bytes(self, token_id: int) -> bytes:
+        return token_bytes(self._tokenizer, token_id)
 
     def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        """Of a part of a character, as OpenAI writes it: `bytes:` and what it is made of."""
+        content = self._bytes(token_id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:

@@ -92,9 +92,10 @@ class DecodingWorker:
         self._thread.start()
 
     @property
-    def num_requests(self) -> int:
-        """Running and waiting."""
-        return self._num_requests
+    def num_requests(self) -> tuple[int, int]:
+        """How many are decoded, and how many have a place and wait, to be decoded or to be sent."""
+        running = min(self._decoder.num_active, self._num_requests)
+        return running, self._num_requests - running
 
     @property
     def is_alive(self) -> bool:

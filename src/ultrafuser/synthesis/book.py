@@ -177,9 +177,10 @@ class Book:
         }
         return [key for key in keys if key not in found]
 
-    def readings(self, key: str) -> int:
-        """How often a call was answered with something that could not be read."""
-        return self._connection.execute("SELECT COUNT(*) FROM unread WHERE key = ?", (key,)).fetchone()[0]
+    def problems(self, key: str) -> list[str]:
+        """What was wrong with the answers to a call that could not be read, in their order."""
+        query = "SELECT problem FROM unread WHERE key = ? ORDER BY reading"
+        return [problem for (problem,) in self._connection.execute(query, (key,))]
 
     def record(
         self, key: str, stage: str, model: str, reading: int, reply: Reply, problem: str | None

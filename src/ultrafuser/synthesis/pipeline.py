@@ -4,8 +4,8 @@ import asyncio
 import gc
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from ultrafuser.errors import UltrafuserError
 from ultrafuser.progress import ProgressBar
 from ultrafuser.sandbox import Sandbox
 from ultrafuser.synthesis.answers import UnreadableError, schema_of
-from ultrafuser.synthesis.book import Book
+from ultrafuser.synthesis.book import Book, Reply
+from ultrafuser.synthesis.cluster import MOST, Cluster
 from ultrafuser.synthesis.endpoint import Endpoint, Question, RefusedError
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import ModelSettings, SynthesisRecipe
@@ -67,8 +68,8 @@ class Account:
     promised_tokens: int = 0
     promised_money: float = 0.0
 
-    @asynccontextmanager
-    async def promise(self, call: Call, model: ModelSettings) -> AsyncIterator[None]:
+    @contextmanager
+    def promise(self, call: Call, model: ModelSettings) -> Iterator[None]:
         """Set aside what a request may cost, as long as the block lasts.
 
         Raises:
@@ -133,6 +134,7 @@ class Pipeline:
         recipe: what is wanted.
         folder: of the book; a run that stopped there goes on.
         unsandboxed: let code in answers run even where there is no sandbox to be had.
+        num_askers: processes that ask, spread by Ray; None asks from this one.
 
     Attributes:
         tools: what stages share.
@@ -141,8 +143,15 @@ class Pipeline:
         UltrafuserError: the folder belongs to another recipe or is in use, or there is no sandbox.
     """
 
-    def __init__(self, recipe: SynthesisRecipe, folder: str | Path, *, unsandboxed: bool = False) -> None:
-        self._recipe = recipe
+    def __init__(
+        self,
+        recipe: SynthesisRecipe,
+        folder: str | Path,
+        *,
+        unsandboxed: bool = False,
+        num_askers: int | None = None,
+    ) -> None:
+        self._recipe, self._num_askers = recipe, num_askers
         prompts = Prompts(recipe)
         runs_code = any(domain.check == "code" for domain in recipe.domains.values())
         sandbox = Sandbox(unsandboxed=unsandboxed) if runs_code else None
@@ -179,10 +188,17 @@ class Pipeline:
             gc.unfreeze()
 
     async def _run(self) -> None:
-        async with Endpoint(self._recipe.endpoint, self.tools.book.noted("structured")) as endpoint:
-            for stage in self._stages:
-                while lines := self._next_lines(stage):
-                    await self._ask(endpoint, stage, lines)
+        structured = self.tools.book.noted("structured")
+        if self._num_askers is not None:
+            await self._ask_all(Cluster(self._recipe.endpoint, self._num_askers, structured))
+            return
+        async with Endpoint(self._recipe.endpoint, structured) as endpoint:
+            await self._ask_all(endpoint)
+
+    async def _ask_all(self, asked: Endpoint | Cluster) -> None:
+        for stage in self._stages:
+            while lines := self._next_lines(stage):
+                await self._ask(asked, stage, lines)
 
     def _next_lines(self, stage: Stage) -> "list[_Line]":
         """The next round of every domain that has not finished a stage; nobody is a round ahead of another, so that an
@@ -198,7 +214,7 @@ class Pipeline:
             if at == number
         ]
 
-    async def _ask(self, endpoint: Endpoint, stage: Stage, lines: "list[_Line]") -> None:
+    async def _ask(self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]") -> None:
         """Get an answer to every question of a round that has none, and make of the answers what they make."""
         book, number, done = self.tools.book, lines[0].number, 0
         domains = [line.domain for line in lines]
@@ -206,22 +222,26 @@ class Pipeline:
         waiting = ((line, call) for line in lines for call in line.unanswered())
         title = f"{stage.name.replace('_', ' ')}, {', '.join(domains)}"
 
-        async def work() -> None:
+        def finish(line: _Line, call: Call) -> None:
             nonlocal done
+            line.finish(call)
+            done += 1
+            bar.update(done, max(round(expected), done, 1))
+            if asked.structured != book.noted("structured"):
+                book.note("structured", asked.structured)
+
+        async def work(endpoint: Endpoint) -> None:
             for line, call in waiting:  # one iterator for all workers: each takes the next
                 await self._answer(endpoint, stage, call)
-                line.finish(call)
-                done += 1
-                bar.update(done, max(round(expected), done, 1))
-                if endpoint.structured != book.noted("structured"):
-                    book.note("structured", endpoint.structured)
+                finish(line, call)
 
         with ProgressBar(title + (f", round {number + 1}" if number else "")) as bar:
             async with asyncio.TaskGroup() as group:
-                for _ in range(
-                    2 * self._recipe.endpoint.concurrency
-                ):  # while some ask, others read and check
-                    group.create_task(work())
+                if isinstance(asked, Cluster):
+                    group.create_task(self._answer_by_cluster(asked, stage, waiting, finish))
+                else:
+                    for _ in range(2 * self._recipe.endpoint.concurrency):  # some ask, others read and check
+                        group.create_task(work(asked))
                 for line in lines:
                     made = await stage.make(line.domain, number, line.answers())
                     book.finish_round(
@@ -230,28 +250,80 @@ class Pipeline:
 
     async def _answer(self, endpoint: Endpoint, stage: Stage, call: Call) -> None:
         """Ask until there is an answer that can be read, or until it was asked often enough."""
-        book, model = self.tools.book, self._recipe.model_for(stage.name)
-        schema = None if call.kind is None else schema_of(call.kind)
-        problem = ""
-        for reading in range(book.readings(call.key), self._recipe.readings):
-            question = Question(call.messages, schema, self.tools.number("answer", call.key, reading))
-            async with self._account.promise(call, model):
+        model = self._recipe.model_for(stage.name)
+        while (question := self._question(stage, call)) is not None:
+            with self._account.promise(call, model):
                 try:
-                    reply = await endpoint.ask(question, model)
+                    reply: Reply | RefusedError = await endpoint.ask(question, model)
                 except RefusedError as error:
-                    book.give_up(call.key, stage.name, model.model, reading, str(error))
-                    return
-            try:
-                stage.read(call, reply.text, reply.finish)
-                found = await self._problem(stage, call, reply.text)
-            except UnreadableError as error:
-                found = str(error)
-            book.record(call.key, stage.name, model.model, reading, reply, found)
-            self._account.spend(model, reply.input_tokens, reply.output_tokens)
-            if found is None:
+                    reply = error
+            if await self._take(stage, call, reply):
                 return
-            problem = found
-        book.give_up(call.key, stage.name, model.model, self._recipe.readings, problem)
+
+    async def _answer_by_cluster(
+        self,
+        cluster: Cluster,
+        stage: Stage,
+        waiting: "Iterator[tuple[_Line, Call]]",
+        finish: "Callable[[_Line, Call], None]",
+    ) -> None:
+        """The same for all calls of a round, many at a time; what could not be read comes again with the next ones."""
+        model = self._recipe.model_for(stage.name)
+        while batch := list(itertools.islice(waiting, MOST)):
+            asked: dict[str, tuple[_Line, Call]] = {}
+            questions: list[tuple[str, Question]] = []
+            again: list[tuple[_Line, Call]] = []
+            with ExitStack() as promises:
+                for place, (line, call) in enumerate(batch):
+                    if (question := self._question(stage, call)) is None:
+                        finish(line, call)
+                        continue
+                    try:
+                        promises.enter_context(self._account.promise(call, model))
+                    except BudgetError:
+                        if not questions:
+                            raise
+                        again = batch[place:]  # when these are paid, more may be left than it seems
+                        break
+                    asked[call.key] = (line, call)
+                    questions.append((call.key, question))
+                answers = cluster.ask(questions, model)
+                while (found := await asyncio.to_thread(next, answers, None)) is not None:
+                    line, call = asked[found[0]]
+                    if await self._take(stage, call, found[1]):
+                        finish(line, call)
+                    else:
+                        again.append((line, call))
+            waiting = itertools.chain(again, waiting)
+
+    def _question(self, stage: Stage, call: Call) -> Question | None:
+        """What to ask next; None where it was asked often enough, and the call is given up."""
+        problems = self.tools.book.problems(call.key)
+        if len(problems) >= self._recipe.readings:
+            self._give_up(stage, call, len(problems), problems[-1])
+            return None
+        schema = None if call.kind is None else schema_of(call.kind)
+        return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
+
+    async def _take(self, stage: Stage, call: Call, reply: Reply | RefusedError) -> bool:
+        """Check an answer and write it down; whether the call is over."""
+        book, model = self.tools.book, self._recipe.model_for(stage.name)
+        reading = len(book.problems(call.key))
+        if isinstance(reply, RefusedError):
+            self._give_up(stage, call, reading, str(reply))
+            return True
+        try:
+            stage.read(call, reply.text, reply.finish)
+            problem = await self._problem(stage, call, reply.text)
+        except UnreadableError as error:
+            problem = str(error)
+        book.record(call.key, stage.name, model.model, reading, reply, problem)
+        self._account.spend(model, reply.input_tokens, reply.output_tokens)
+        return problem is None
+
+    def _give_up(self, stage: Stage, call: Call, readings: int, reason: str) -> None:
+        model = self._recipe.model_for(stage.name).model
+        self.tools.book.give_up(call.key, stage.name, model, readings, reason)
 
     async def _problem(self, stage: Stage, call: Call, text: str) -> str | None:
         if stage.runs_code(call):

@@ -1,10 +1,12 @@
 """Text of a growing response: never a broken character, never a part of a stop text, nothing lost."""
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from ultrafuser.decoding.text import StoppedText, TextStream, token_texts
+from ultrafuser.decoding.text import StoppedText, TextStream, token_bytes, token_texts
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -59,6 +61,23 @@ def test_texts_of_tokens_make_up_the_text(tokenizer, text):
     texts = token_texts(tokenizer, ids)
     assert len(texts) == len(ids)
     assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@given(text=st.text(max_size=40))
+def test_bytes_of_tokens_make_up_those_of_the_text(tokenizer, text):
+    content = b"".join(token_bytes(tokenizer, token_id) for token_id in ids_of(tokenizer, text))
+    assert content == text.encode()
+
+
+def test_bytes_of_special_tokens_and_of_those_that_sentencepiece_falls_back_to(tokenizer):
+    assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>")) == b"<|im_end|>"
+    pieces = tokenizers.models.BPE({"<unk>": 0, "<0xC3>": 1, "<0xA9>": 2, "a": 3}, [], byte_fallback=True)
+    falling_back = tokenizers.Tokenizer(pieces)
+    falling_back.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=falling_back)
+    assert [token_bytes(fast, token_id) for token_id in (1, 2, 3)] == [b"\xc3", b"\xa9", b"a"]
 
 
 def test_no_token_has_no_text(tokenizer):

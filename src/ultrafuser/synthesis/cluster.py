@@ -1,0 +1,136 @@
+"""Asking from many processes and machines, by Ray Data (the extra `ray`).
+
+Ray takes the cluster that `RAY_ADDRESS` names, or this machine alone. Only asking is spread: plans, checks, the sieve
+and the book stay in the process that runs the pipeline.
+"""
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.synthesis.book import Reply
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, RefusedError
+from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
+
+MOST = 20_000
+"""Questions that are handed to Ray at once; starting its processes takes seconds."""
+_TASKS_AT_ONCE = 4
+"""Blocks of questions that one process has at once: while the last of one are answered, the next ones are asked."""
+
+
+class Cluster:
+    """Processes that ask.
+
+    Args:
+        settings: of the endpoint; its `concurrency` is shared out among the processes.
+        num_askers: processes, at least 1.
+        structured: how to ask for JSON, if that is known; see `Endpoint`.
+
+    Attributes:
+        structured: how it was asked for last.
+
+    Raises:
+        UltrafuserError: Ray is not installed.
+    """
+
+    def __init__(self, settings: EndpointSettings, num_askers: int, structured: str | None) -> None:
+        try:
+            import ray.data
+        except ImportError as error:
+            raise UltrafuserError(
+                f"asking by Ray needs the package {error.name!r}: pip install 'ultrafuser[ray]'."
+            ) from error
+        self._data = ray.data
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # the pipeline has its own
+        context.print_on_execution_start = False
+        self.structured = settings.structured if structured is None else structured
+        self._num_askers = num_askers
+        self._each = math.ceil(settings.concurrency / num_askers)
+        self._settings = settings.model_copy(update={"concurrency": self._each})
+
+    def ask(
+        self, questions: Sequence[tuple[str, Question]], model: ModelSettings
+    ) -> Iterator[tuple[str, Reply | RefusedError]]:
+        """Ask, and give answers as they come.
+
+        Args:
+            questions: with the key of each, at most `MOST`.
+            model: who answers.
+
+        Yields:
+            Key, and the answer or why there will never be one.
+
+        Raises:
+            EndpointError: the endpoint cannot be used any more; what was answered until then comes first.
+        """
+        if not questions:
+            return
+        rows = [{"key": key, "question": json.dumps(asdict(question))} for key, question in questions]
+        data = self._data.from_items(rows, override_num_blocks=math.ceil(len(rows) / self._each))
+        answered = data.map_batches(
+            _Asker,
+            batch_size=None,
+            compute=self._data.ActorPoolStrategy(
+                size=min(self._num_askers, len(rows)), max_tasks_in_flight_per_actor=_TASKS_AT_ONCE
+            ),
+            fn_constructor_args=(
+                self._settings.model_dump(mode="json"),
+                self._settings.api_key(),
+                model.model_dump(mode="json"),
+                self.structured,
+            ),
+            num_cpus=0.01,  # it waits most of the time
+            max_concurrency=_TASKS_AT_ONCE,
+        )
+        failure = ""
+        for row in answered.iter_rows():
+            said = json.loads(row["answer"])
+            self.structured = said["structured"]
+            if "reply" in said:
+                yield row["key"], Reply(**said["reply"])
+            elif "refused" in said:
+                yield row["key"], RefusedError(said["refused"])
+            else:
+                failure = said["failed"]
+        if failure:
+            raise EndpointError(failure)
+
+
+class _Asker:
+    """One process."""
+
+    def __init__(
+        self, settings: dict[str, Any], api_key: str, model: dict[str, Any], structured: str
+    ) -> None:
+        self._settings = EndpointSettings.model_validate(settings)
+        if self._settings.api_key_variable is not None:
+            os.environ[self._settings.api_key_variable] = api_key
+        self._model, self._structured = ModelSettings.model_validate(model), structured
+        self._endpoint: Endpoint | None = None
+        self._failure = ""
+
+    async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, list[str]]]:
+        if self._endpoint is None:
+            self._endpoint = Endpoint(self._settings, self._structured)
+        questions = [Question(**json.loads(question)) for question in batch["question"]]
+        answers = await asyncio.gather(*map(self._answer, questions))
+        told = [json.dumps({**answer, "structured": self._endpoint.structured}) for answer in answers]
+        yield {"key": list(map(str, batch["key"])), "answer": told}
+
+    async def _answer(self, question: Question) -> dict[str, Any]:
+        assert self._endpoint is not None
+        if self._failure:  # the others would fail likewise
+            return {"failed": self._failure}
+        try:
+            return {"reply": asdict(await self._endpoint.ask(question, self._model))}
+        except RefusedError as error:
+            return {"refused": str(error)}
+        except EndpointError as error:
+            self._failure = str(error)
+            return {"failed": self._failure}

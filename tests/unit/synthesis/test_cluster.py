@@ -1,0 +1,71 @@
+"""Asking by Ray: the same run, and the same faults, as from one process."""
+
+import asyncio
+import importlib.util
+import os
+
+import pytest
+from test_pipeline import items, rows, serve, write_recipe
+
+from ultrafuser.errors import UltrafuserError
+from ultrafuser.synthesis.cluster import Cluster
+from ultrafuser.synthesis.endpoint import EndpointError, Question, RefusedError
+from ultrafuser.synthesis.pipeline import BudgetError, Pipeline
+from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings, read_synthesis_recipe
+
+__all__ = ["serve"]
+if importlib.util.find_spec("ray") is None and "CI" not in os.environ:
+    pytest.skip("Ray is not installed: pip install 'ultrafuser[ray]'", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def run(path, folder, num_askers):
+    pipeline = Pipeline(read_synthesis_recipe(path), folder, num_askers=num_askers)
+    try:
+        pipeline.run()
+    finally:
+        pipeline.close()
+
+
+def test_two_processes_make_what_one_makes_even_with_faults(serve, tmp_path):
+    url, failing = serve(), serve(faults=0.1)
+    run(write_recipe(tmp_path, url), tmp_path / "one", None)
+    path = write_recipe(tmp_path, failing, endpoint={"attempts": 50}, readings=30)
+    one = write_recipe(tmp_path, url, readings=30)
+    run(one, tmp_path / "again", None)
+    run(path, tmp_path / "two", 2)
+    assert items(tmp_path / "two") == items(tmp_path / "again") == items(tmp_path / "one")
+    removed = [rows(tmp_path / name, "removed", "rowid") for name in ("two", "again")]
+    assert removed[0] == removed[1]
+
+
+def test_a_budget_that_is_spent_stops_it_and_more_goes_on(serve, tmp_path):
+    url = serve()
+    path = write_recipe(tmp_path, url, budget={"tokens": 3000})
+    with pytest.raises(BudgetError):
+        run(path, tmp_path / "run", 2)
+    assert rows(tmp_path / "run", "calls", "key")  # as far as it went
+    run(write_recipe(tmp_path, url), tmp_path / "run", 2)
+    run(write_recipe(tmp_path, url), tmp_path / "other", None)
+    assert items(tmp_path / "run") == items(tmp_path / "other")
+
+
+def test_what_an_endpoint_refuses_comes_back(serve):
+    settings = EndpointSettings(base_url=f"{serve()}/v1", api_key_variable=None, concurrency=3)
+    cluster = Cluster(settings, 2, None)
+    assert list(cluster.ask([], ModelSettings(model="canned"))) == []
+    questions = [(str(n), Question([{"role": "user", "content": f"say {n}"}], None, n)) for n in range(10)]
+    found = dict(cluster.ask(questions, ModelSettings(model="canned")))
+    assert found.keys() == {key for key, _ in questions}
+    assert all(reply.finish == "stop" and reply.text for reply in found.values())
+    nowhere = settings.model_copy(update={"base_url": "http://127.0.0.1:9/v1", "attempts": 1})
+    with pytest.raises(EndpointError, match="has failed 1 times"):
+        list(Cluster(nowhere, 2, None).ask(questions, ModelSettings(model="canned")))
