@@ -179,8 +179,8 @@ class Book:
 
     def problems(self, key: str) -> list[str]:
         """What was wrong with the answers to a call that could not be read, in their order."""
-        query = "SELECT problem FROM unread WHERE key = ? ORDER BY reading"
-        return [problem for (problem,) in self._connection.execute(query, (key,))]
+        query = "SELECT reason FROM unread WHERE key = ? ORDER BY reading"
+        return [reason for (reason,) in self._connection.execute(query, (key,))]
 
     def record(
         self, key: str, stage: str, model: str, reading: int, reply: Reply, problem: str | None

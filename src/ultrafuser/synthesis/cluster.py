@@ -8,7 +8,7 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,8 @@ from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MOST = 20_000
 """Questions that are handed to Ray at once; starting its processes takes seconds."""
+_FEW = 4
+"""Times the share of one process of what may run at once: so few questions are not worth starting processes."""
 _TASKS_AT_ONCE = 4
 """Blocks of questions that one process has at once: while the last of one are answered, the next ones are asked."""
 
@@ -72,24 +74,18 @@ class Cluster:
         if not questions:
             return
         rows = [{"key": key, "question": json.dumps(asdict(question))} for key, question in questions]
-        data = self._data.from_items(rows, override_num_blocks=math.ceil(len(rows) / self._each))
-        answered = data.map_batches(
-            _Asker,
-            batch_size=None,
-            compute=self._data.ActorPoolStrategy(
-                size=min(self._num_askers, len(rows)), max_tasks_in_flight_per_actor=_TASKS_AT_ONCE
-            ),
-            fn_constructor_args=(
-                self._settings.model_dump(mode="json"),
-                self._settings.api_key(),
-                model.model_dump(mode="json"),
-                self.structured,
-            ),
-            num_cpus=0.01,  # it waits most of the time
-            max_concurrency=_TASKS_AT_ONCE,
+        asker = (
+            self._settings.model_dump(mode="json"),
+            self._settings.api_key(),
+            model.model_dump(mode="json"),
+            self.structured,
         )
+        if len(rows) <= _FEW * self._each:
+            answered: Iterable[dict[str, str]] = asyncio.run(_asked_here(asker, rows))
+        else:
+            answered = self._asked_there(asker, rows)
         failure = ""
-        for row in answered.iter_rows():
+        for row in answered:
             said = json.loads(row["answer"])
             self.structured = said["structured"]
             if "reply" in said:
@@ -100,6 +96,26 @@ class Cluster:
                 failure = said["failed"]
         if failure:
             raise EndpointError(failure)
+
+    def _asked_there(self, asker: tuple[Any, ...], rows: list[dict[str, str]]) -> Iterable[dict[str, str]]:
+        num_blocks = math.ceil(len(rows) / self._each)
+        strategy = self._data.ActorPoolStrategy(
+            size=min(self._num_askers, num_blocks),
+            max_tasks_in_flight_per_actor=_TASKS_AT_ONCE,
+            max_concurrent_calls_per_actor=_TASKS_AT_ONCE,
+        )
+        data = self._data.from_items(rows, override_num_blocks=num_blocks)
+        # It waits most of the time, and so needs next to nothing of a processor.
+        settings = {"batch_size": None, "compute": strategy, "num_cpus": 0.01}
+        return data.map_batches(_Asker, fn_constructor_args=asker, **settings).iter_rows()
+
+
+async def _asked_here(asker: tuple[Any, ...], rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    batch = {name: [row[name] for row in rows] for name in ("key", "question")}
+    one = _Asker(*asker)
+    (answers,) = [told async for told in one(batch)]
+    await one.close()
+    return [dict(zip(answers, values, strict=True)) for values in zip(*answers.values(), strict=True)]
 
 
 class _Asker:
@@ -122,6 +138,11 @@ class _Asker:
         answers = await asyncio.gather(*map(self._answer, questions))
         told = [json.dumps({**answer, "structured": self._endpoint.structured}) for answer in answers]
         yield {"key": list(map(str, batch["key"])), "answer": told}
+
+    async def close(self) -> None:
+        """Give connections back."""
+        if self._endpoint is not None:
+            await self._endpoint.__aexit__(None, None, None)
 
     async def _answer(self, question: Question) -> dict[str, Any]:
         assert self._endpoint is not None
