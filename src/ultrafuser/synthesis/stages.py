@@ -180,14 +180,14 @@ class MetaTopics(Stage):
         settings, book = self.settings(domain), self.tools.book
         if isinstance(settings.meta_topics, list):
             return Made([Item({"name": name}) for name in settings.meta_topics])
-        known = {_same(item.content["name"]) for item in book.items(self.name, domain)}
+        known = {"", *(_same(item.content["name"]) for item in book.items(self.name, domain))}  # "..." is no name
         wanted = settings.num_meta_topics - book.count(self.name, domain)
         made = Made()
         async for call, answer in answers:
             if answer is None:
                 continue
             for name in self.read(call, *answer).topics:
-                if len(made.items) < wanted and name.strip() and _same(name) not in known:
+                if len(made.items) < wanted and _same(name) not in known:
                     known.add(_same(name))
                     made.items.append(Item({"name": name}))
         made.is_last = self.is_last(number, wanted - len(made.items))
@@ -237,9 +237,9 @@ class SubTopicStage(Stage):
         async for call, answer in answers:
             parent = call.context["parent"]
             wanted, names = missing[parent]
-            known = {_same(name) for name in names}
+            known = {"", *map(_same, names)}
             for topic in [] if answer is None else self.read(call, *answer).sub_topics:
-                if wanted > 0 and topic.name and _same(topic.name) not in known:
+                if wanted > 0 and _same(topic.name) not in known:
                     known.add(_same(topic.name))
                     wanted -= 1
                     made.items.append(Item(topic.model_dump(), parent))
