@@ -50,7 +50,10 @@ def synth(
     ray: Annotated[
         int | None,
         typer.Option(
-            "--ray", min=1, metavar="N", help="Ask from N processes of a Ray cluster, or of this machine."
+            "--ray",
+            min=1,
+            metavar="N",
+            help="Ask from N processes of a Ray cluster, or of this machine; a kill costs more answers.",
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -58,11 +61,13 @@ def synth(
     """Make conversations as UltraChat 2 was made: topics, instructions, responses, checks.
 
     Every answer is kept in DIR/book.sqlite before it counts. End it at any moment, and run the same command again: it
-    goes on, asks nothing twice, and ends with what it would have had.
+    goes on, asks nothing twice that was answered, and ends with what it would have had. It ends with exit code 1 if a
+    domain has fewer than half of the conversations that were wanted.
 
     Example: ultrafuser synth recipe.yaml -o ultrachat --dry-run
     """
     try:
+        from ultrafuser.synthesis.embedding import Embedder
         from ultrafuser.synthesis.estimate import estimate
         from ultrafuser.synthesis.export import export, metrics
         from ultrafuser.synthesis.pipeline import Pipeline
@@ -82,10 +87,12 @@ def synth(
                                          ("output_tokens", e.output_tokens), ("seconds", e.seconds))}  # fmt: skip
             write_metrics(json_file, found, provenance(recipe=str(recipe), seed=settings.seed))
         return
+    # Opened before anything is paid for, lest it cannot be afterwards.
+    embedder = None if settings.embedding is None else Embedder(settings.embedding)
     pipeline = Pipeline(settings, output, unsandboxed=unsandboxed, num_askers=ray)
     try:
         pipeline.run()
-        summaries = export(pipeline.tools, output, figure=figure)
+        summaries = export(pipeline.tools, output, embedder=embedder, figure=figure)
         numbers = metrics(summaries, pipeline.tools.book.spent())
     finally:
         pipeline.close()
@@ -97,6 +104,13 @@ def synth(
     write_metrics(output / "metrics.json", numbers, document)
     if json_file is not None:
         write_metrics(json_file, numbers, document)
+    few = [name for name, one in summaries.items() if 2 * one.total < one.wanted]
+    if few:
+        console.print(
+            f"There is less than half of what was wanted of {', '.join(few)}: README.md says what was removed and "
+            "given up.", markup=False, highlight=False,
+        )  # fmt: skip
+        raise typer.Exit(1)
 
 
 def _estimate_table(expected: Sequence["Estimate"]) -> Table:
@@ -133,7 +147,7 @@ def _summary_table(summaries: dict[str, "Summary"]) -> Table:
     rows = {
         "meta-topics": [f"{one.meta_topics:,}" for one in summaries.values()],
         "sub-topics": [f"{one.sub_topics:,}" for one in summaries.values()],
-        "conversations": [f"{one.total:,}" for one in summaries.values()],
+        "conversations": [f"{one.total:,} of {one.wanted:,}" for one in summaries.values()],
         "held out": [f"{one.conversations['heldout']:,}" for one in summaries.values()],
         "mean words": [f"{one.words / max(one.total, 1):,.1f}" for one in summaries.values()],
     }

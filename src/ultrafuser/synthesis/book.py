@@ -28,6 +28,11 @@ CREATE TABLE IF NOT EXISTS calls (
 CREATE TABLE IF NOT EXISTS unread (
     key TEXT NOT NULL, reading INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (key, reading)
 ) STRICT, WITHOUT ROWID;
+-- Answers that are paid for and yet to be looked at.
+CREATE TABLE IF NOT EXISTS unchecked (
+    key TEXT PRIMARY KEY, answer TEXT NOT NULL, finish TEXT NOT NULL, input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL, seconds REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 -- What was spent, by stage and model; answers that could not be read cost, too.
 CREATE TABLE IF NOT EXISTS spending (
     stage TEXT NOT NULL, model TEXT NOT NULL, answers INTEGER NOT NULL, unread INTEGER NOT NULL,
@@ -54,7 +59,7 @@ class Reply:
     Attributes:
         text: of it.
         finish: why it ended: "stop", "length" or what the endpoint says.
-        input_tokens: as the endpoint counts them; 0 where it does not.
+        input_tokens: as the endpoint counts them, or about as many.
         output_tokens: likewise.
         seconds: from the request to its end.
     """
@@ -182,10 +187,24 @@ class Book:
         query = "SELECT reason FROM unread WHERE key = ? ORDER BY reading"
         return [reason for (reason,) in self._connection.execute(query, (key,))]
 
+    def unchecked(self, key: str) -> Reply | None:
+        """The answer to a call that came, and that nobody has looked at yet."""
+        query = "SELECT answer, finish, input_tokens, output_tokens, seconds FROM unchecked WHERE key = ?"
+        row = self._connection.execute(query, (key,)).fetchone()
+        return None if row is None else Reply(*row)
+
+    def receive(self, key: str, stage: str, model: str, reply: Reply) -> None:
+        """Write an answer down, and what it cost, before it is looked at."""
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            row = (key, reply.text, reply.finish, reply.input_tokens, reply.output_tokens, reply.seconds)
+            self._connection.execute("INSERT INTO unchecked VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._spend(stage, model, input_tokens=reply.input_tokens, output_tokens=reply.output_tokens)
+
     def record(
         self, key: str, stage: str, model: str, reading: int, reply: Reply, problem: str | None
     ) -> None:
-        """Write an answer down, and what it cost; it counts from now on, if nothing is wrong with it.
+        """Note what was found out about an answer that was received; it counts from now on, if nothing is wrong.
 
         Args:
             key: of the call.
@@ -201,19 +220,32 @@ class Book:
         is_read = problem is None
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("DELETE FROM unchecked WHERE key = ?", (key,))
             if is_read:
                 self._finish_call(
                     (key, stage, model, reading + 1, reply.text, reply.finish, None, reply.seconds)
                 )
             else:
                 self._connection.execute("INSERT INTO unread VALUES (?, ?, ?)", (key, reading, problem))
-            self._connection.execute(
-                "INSERT INTO spending VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (stage, model) DO UPDATE SET "
-                "answers = answers + excluded.answers, unread = unread + excluded.unread, "
-                "input_tokens = input_tokens + excluded.input_tokens, "
-                "output_tokens = output_tokens + excluded.output_tokens",
-                (stage, model, int(is_read), int(not is_read), reply.input_tokens, reply.output_tokens),
-            )
+            self._spend(stage, model, answers=int(is_read), unread=int(not is_read))
+
+    def _spend(
+        self,
+        stage: str,
+        model: str,
+        *,
+        answers: int = 0,
+        unread: int = 0,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> None:
+        self._connection.execute(
+            "INSERT INTO spending VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (stage, model) DO UPDATE SET "
+            "answers = answers + excluded.answers, unread = unread + excluded.unread, "
+            "input_tokens = input_tokens + excluded.input_tokens, "
+            "output_tokens = output_tokens + excluded.output_tokens",
+            (stage, model, answers, unread, input_tokens, output_tokens),
+        )
 
     def give_up(self, key: str, stage: str, model: str, readings: int, reason: str) -> None:
         """Note that a call will never be answered.

@@ -1,7 +1,8 @@
 """Asking from many processes and machines, by Ray Data (the extra `ray`).
 
 Ray takes the cluster that `RAY_ADDRESS` names, or this machine alone. Only asking is spread: plans, checks, the sieve
-and the book stay in the process that runs the pipeline.
+and the book stay in the process that runs the pipeline. Answers come by blocks, so that a run that is killed asks again
+what the blocks under way had been answered: up to four times as many as may run at once.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from typing import Any
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.synthesis.book import Reply
-from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, RefusedError
+from ultrafuser.synthesis.endpoint import STRUCTURED, Endpoint, EndpointError, Question, RefusedError
 from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MOST = 20_000
@@ -30,14 +31,14 @@ class Cluster:
 
     Args:
         settings: of the endpoint; its `concurrency` is shared out among the processes.
-        num_askers: processes, at least 1.
-        structured: how to ask for JSON, if that is known; see `Endpoint`.
+        num_askers: processes, from 1 to as many as requests may run at once.
+        structured: how to ask for JSON first; see `Endpoint`.
 
     Attributes:
         structured: how it was asked for last.
 
     Raises:
-        UltrafuserError: Ray is not installed.
+        UltrafuserError: Ray is not installed, or there are more processes than requests may run at once.
     """
 
     def __init__(self, settings: EndpointSettings, num_askers: int, structured: str | None) -> None:
@@ -47,13 +48,19 @@ class Cluster:
             raise UltrafuserError(
                 f"asking by Ray needs the package {error.name!r}: pip install 'ultrafuser[ray]'."
             ) from error
+        if num_askers > settings.concurrency:
+            raise UltrafuserError(
+                f"{num_askers} processes are more than the {settings.concurrency} requests that may run at once "
+                "(endpoint.concurrency). Ask from fewer, or allow more requests."
+            )
         self._data = ray.data
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the pipeline has its own
         context.print_on_execution_start = False
-        self.structured = settings.structured if structured is None else structured
+        first = STRUCTURED[0] if structured is None else structured
+        self.structured = first if settings.structured == "auto" else settings.structured
         self._num_askers = num_askers
-        self._each = math.ceil(settings.concurrency / num_askers)
+        self._each = settings.concurrency // num_askers
         self._settings = settings.model_copy(update={"concurrency": self._each})
 
     def ask(
@@ -87,7 +94,7 @@ class Cluster:
         failure = ""
         for row in answered:
             said = json.loads(row["answer"])
-            self.structured = said["structured"]
+            self.structured = max(self.structured, said["structured"], key=STRUCTURED.index)
             if "reply" in said:
                 yield row["key"], Reply(**said["reply"])
             elif "refused" in said:

@@ -32,7 +32,9 @@ class Embedder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
             self._model = AutoModel.from_pretrained(model, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
-            raise UltrafuserError(f"embedding: {model} cannot be opened: {error}") from error
+            raise UltrafuserError(
+                f"embedding: {model} cannot be opened as one plain model: {str(error)[:300]}"
+            ) from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 

@@ -5,6 +5,7 @@ bears, a refusal for the moment slows everybody down, and what fails is asked ag
 """
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
@@ -23,7 +24,11 @@ from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MAX_BODY_BYTES = 2**24
 """Of a response; a longer one is cut off, and counts as failed."""
+CHARACTERS_PER_TOKEN = 4.0
+"""Where a server does not count tokens."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 60.0
+_REFUSALS = 3
+"""Times that a request has to be refused: a server that is being started may refuse what it will answer later."""
 STRUCTURED = ("json_schema", "json_object", "none")
 """Ways of asking for JSON, the strictest first."""
 
@@ -64,6 +69,7 @@ class Limiter:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._not_before_s = 0.0
         self._halved_s = 0.0
+        self._reason: str | None = None
 
     @property
     def limit(self) -> int:
@@ -72,24 +78,38 @@ class Limiter:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Wait until one more may run, and count it as long as the block lasts."""
+        """Wait until one more may run, and count it as long as the block lasts.
+
+        Raises:
+            EndpointError: nothing is to be asked any more.
+        """
+        if self._reason is not None:
+            raise EndpointError(self._reason)
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._wake()
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._running -= 1
                 self._wake()
             raise
         try:
-            if (pause_s := self._not_before_s - time.monotonic()) > 0:
-                await asyncio.sleep(pause_s)
+            while (pause_s := self._not_before_s - time.monotonic()) > 0:
+                await asyncio.sleep(pause_s * random.uniform(1.0, 1.2))  # not all in the same instant
             yield
         finally:
             self._running -= 1
             self._wake()
+
+    def stop(self, reason: str) -> None:
+        """Let nothing more be asked; what runs ends as it does."""
+        self._reason = reason
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(EndpointError(reason))
+        self._waiting.clear()
 
     def succeeded(self) -> None:
         """One more may run for every round of answers."""
@@ -123,15 +143,19 @@ class Endpoint:
 
     Args:
         settings: where it is, and how hard to try.
-        structured: how to ask for JSON; one of `STRUCTURED`.
+        structured: how to ask for JSON first, where the settings leave it open; one of `STRUCTURED`.
+
+    Attributes:
+        limiter: of requests at once.
+        structured: how JSON is asked for; a weaker way once that was accepted where a stricter one was refused.
     """
 
     def __init__(self, settings: EndpointSettings, structured: str | None = None) -> None:
         self._settings = settings
         self.limiter = Limiter(settings.concurrency)
-        known = settings.structured if structured is None else structured
-        self.structured = STRUCTURED[0] if known == "auto" else known
-        self._may_fall_back = known == "auto"
+        self._may_fall_back = settings.structured == "auto"
+        first = STRUCTURED[0] if structured is None else structured
+        self.structured = first if self._may_fall_back else settings.structured
         self._chance = random.Random()  # of pauses, which no result depends on
         limits = httpx2.Limits(
             max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
@@ -140,6 +164,9 @@ class Endpoint:
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url,
             api_key=settings.api_key(),
+            default_headers={
+                "accept-encoding": "identity"
+            },  # so that bytes that come are bytes that are kept
             max_retries=0,
             timeout=settings.timeout_s,
             http_client=http,
@@ -164,16 +191,18 @@ class Endpoint:
             EndpointError: the endpoint does not know the model or the key, or has failed too often.
             RefusedError: it refuses this request for good.
         """
-        pause_s = _FIRST_PAUSE_S
-        for attempt in range(self._settings.attempts):
+        pause_s, structured = _FIRST_PAUSE_S, self.structured
+        attempts = refusals = 0
+        while True:
             async with self.limiter.slot():
                 started_s = time.monotonic()
-                structured = self.structured
                 try:
                     reply = await asyncio.wait_for(
                         self._request(question, model, structured), self._settings.timeout_s
                     )
                     self.limiter.succeeded()
+                    if STRUCTURED.index(structured) > STRUCTURED.index(self.structured):
+                        self.structured = structured
                     return reply
                 except (
                     openai.AuthenticationError,
@@ -182,23 +211,28 @@ class Endpoint:
                 ) as error:
                     raise EndpointError(f"{self._settings.base_url} refuses: {_said(error)}") from error
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                    if question.schema is None or structured == "none" or not self._may_fall_back:
-                        raise RefusedError(f"the endpoint refuses the request: {_said(error)}") from error
-                    if self.structured == structured:  # nobody else has noticed yet
-                        self.structured = STRUCTURED[STRUCTURED.index(structured) + 1]
-                    continue
-                except openai.RateLimitError as error:
+                    if question.schema is not None and self._may_fall_back and structured != STRUCTURED[-1]:
+                        structured = STRUCTURED[STRUCTURED.index(structured) + 1]
+                        continue
                     failure: Exception = error
+                    structured = self.structured  # it was not that
+                    refusals += 1
+                    if refusals >= _REFUSALS or attempts + 1 >= self._settings.attempts:
+                        raise RefusedError(f"the endpoint refuses the request: {_said(error)}") from error
+                except openai.RateLimitError as error:
+                    failure = error
                     self.limiter.refused(_asked_pause_s(error), started_s)
                 except (openai.APIError, httpx2.HTTPError, TimeoutError, ValueError) as error:
                     failure = error
-            if attempt + 1 < self._settings.attempts:
-                await asyncio.sleep(pause_s * self._chance.uniform(0.5, 1.0))
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        raise EndpointError(
-            f"{self._settings.base_url} has failed {self._settings.attempts} times at one request, at last with "
-            f"{type(failure).__name__} ({_said(failure)}). Run the same command again when it is well; nothing is lost."
-        )
+            attempts += 1
+            if attempts >= self._settings.attempts:
+                raise EndpointError(
+                    f"{self._settings.base_url} has failed {attempts} times at one request, at last with "
+                    f"{type(failure).__name__} ({_said(failure)}). Run the same command again when it is well; "
+                    "nothing is lost."
+                )
+            await asyncio.sleep(pause_s * self._chance.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _request(self, question: Question, model: ModelSettings, structured: str) -> Reply:
         more: dict[str, Any] = {"seed": question.seed} if self._settings.seeds else {}
@@ -223,16 +257,34 @@ class Endpoint:
         )
         try:
             choice, usage = found["choices"][0], found.get("usage")
-            text, counts = choice["message"]["content"], {} if usage is None else usage
+            text = _text(choice["message"]["content"])
+            read = sum(len(message["content"]) for message in question.messages)
+            counts = {} if usage is None else usage
             return Reply(
-                "" if text is None else str(text),
+                text,
                 str(choice.get("finish_reason")),
-                int(counts.get("prompt_tokens", 0)),
-                int(counts.get("completion_tokens", 0)),
+                _count(counts.get("prompt_tokens"), read),
+                _count(counts.get("completion_tokens"), len(text)),
                 time.monotonic() - started_s,
             )
         except (TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"an answer of another form than a chat completion's: {error!r}") from error
+
+
+def _text(content: Any) -> str:
+    """Of a message: a text, or parts of one; halves of characters, which no file can hold, are replaced."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"content is a {type(content).__name__}")
+    return "" if content is None else content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(counted: Any, characters: int) -> int:
+    """Tokens, as the server counts them, or about as many as there are where it does not."""
+    return (
+        math.ceil(characters / CHARACTERS_PER_TOKEN) if counted is None else min(max(int(counted), 0), 2**40)
+    )
 
 
 async def _cut(response: httpx2.Response) -> None:

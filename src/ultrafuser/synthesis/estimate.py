@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser.synthesis.pipeline import CHARACTERS_PER_TOKEN, STAGES, cost
+from ultrafuser.synthesis.budget import cost
+from ultrafuser.synthesis.endpoint import CHARACTERS_PER_TOKEN
+from ultrafuser.synthesis.pipeline import STAGES
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import DomainSettings, SynthesisRecipe
 from ultrafuser.synthesis.stages import PER_CALL, SHOWN, base_count
@@ -13,6 +15,8 @@ _SAID = {
     "meta_topics": 8, "sub_topics": 70, "instructions": 60, "related": 60, "complicated": 100, "responses": 400
 }  # fmt: skip
 """Tokens of one thing in an answer (a conversation of the paper's has 400 to 560, table 15)."""
+_SAID_BY_PERSON = 50
+"""Tokens of one message of a person."""
 _NAME, _SENTENCE, _INSTRUCTION = "x" * 25, "x" * 120, "x" * 200
 
 
@@ -56,7 +60,8 @@ def estimate(recipe: SynthesisRecipe, tokens_per_s: float, wait_s: float) -> Ite
             said = _SAID[stage.name] * made
             read = calls * len(_prompt(prompts, stage.name, domain)) / CHARACTERS_PER_TOKEN
             if stage.name == "responses":
-                read += calls * len(_INSTRUCTION) / CHARACTERS_PER_TOKEN
+                said += _asked_further(settings) * _SAID_BY_PERSON
+                read += _read_again(settings)
             each_s = wait_s + said / max(calls, 1) / tokens_per_s
             seconds = calls * each_s / min(recipe.endpoint.concurrency, max(calls, 1))
             money = None if model.price is None else cost(model, read, said)
@@ -71,8 +76,26 @@ def _things(stage: str, settings: DomainSettings) -> float:
         "instructions": base_count(settings),
         "related": total - base_count(settings),
         "complicated": round(settings.complicated * total),
-        "responses": total * (1 + settings.several_turns * settings.turns / 2),
+        "responses": total + _asked_further(settings),
     }[stage]
+
+
+def _asked_further(settings: DomainSettings) -> float:
+    """Messages of people beyond the first ones: in conversations of several turns, which have 2 to `turns`."""
+    return settings.several_turns * settings.instructions * settings.turns / 2
+
+
+def _read_again(settings: DomainSettings) -> float:
+    """Tokens of the conversations themselves: whatever is said in one is asked for with all that was said before."""
+
+    def of(turns: float) -> float:
+        asked, answered = _SAID_BY_PERSON, _SAID["responses"]
+        responses = asked * turns * (turns + 1) / 2 + answered * turns * (turns - 1) / 2
+        further = (asked + answered) * turns * (turns - 1) / 2
+        return responses + further
+
+    several = settings.several_turns * settings.instructions
+    return (settings.instructions - several) * of(1) + several * of((settings.turns + 2) / 2)
 
 
 def _prompt(prompts: Prompts, stage: str, domain: str) -> str:

@@ -22,8 +22,8 @@ import jinja2
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.files import atomic_write
 from ultrafuser.progress import ProgressBar
+from ultrafuser.synthesis.budget import cost
 from ultrafuser.synthesis.embedding import Embedder
-from ultrafuser.synthesis.pipeline import cost
 from ultrafuser.synthesis.sieve import words_of
 from ultrafuser.synthesis.stages import Tools
 
@@ -44,7 +44,8 @@ class Summary:
     Attributes:
         meta_topics: how many.
         sub_topics: how many.
-        conversations: how many, by split.
+        wanted: conversations that the recipe asks for.
+        conversations: how many there are, by split.
         kinds: instructions by kind.
         complicated: instructions that were rewritten.
         turns: responses in all.
@@ -55,6 +56,7 @@ class Summary:
 
     meta_topics: int
     sub_topics: int
+    wanted: int
     conversations: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     complicated: int = 0
@@ -69,12 +71,15 @@ class Summary:
         return self.conversations.total()
 
 
-def export(tools: Tools, folder: str | Path, *, figure: bool = True) -> dict[str, Summary]:
+def export(
+    tools: Tools, folder: str | Path, *, embedder: Embedder | None = None, figure: bool = True
+) -> dict[str, Summary]:
     """Write all files.
 
     Args:
         tools: of a run that is done.
         folder: for them.
+        embedder: places instructions in the figure and counts tokens; None: words do, and nobody counts tokens.
         figure: also the picture, which takes minutes for many instructions.
 
     Returns:
@@ -84,10 +89,11 @@ def export(tools: Tools, folder: str | Path, *, figure: bool = True) -> dict[str
         UltrafuserError: the run is not done.
     """
     folder = Path(folder)
+    total = sum(tools.book.count("responses", domain) for domain in tools.recipe.domains)
+    figure = figure and total >= 10  # fewer lie anywhere
     for domain in tools.recipe.domains:
         if tools.book.next_round("responses", domain) is not None:
             raise UltrafuserError(f"the conversations of {domain} are not all made. Finish the run first.")
-    embedder = None if tools.recipe.embedding is None else Embedder(tools.recipe.embedding)
     summaries = {domain: _write_domain(tools, folder / "data", domain) for domain in tools.recipe.domains}
     if embedder is not None:
         for domain, summary in summaries.items():
@@ -136,7 +142,11 @@ def _write_domain(tools: Tools, folder: Path, domain: str) -> Summary:
     from pyarrow import parquet
 
     book = tools.book
-    summary = Summary(book.count("meta_topics", domain), book.count("sub_topics", domain))
+    summary = Summary(
+        book.count("meta_topics", domain),
+        book.count("sub_topics", domain),
+        tools.recipe.domains[domain].instructions,
+    )
     text = pyarrow.string()
     kinds = dict.fromkeys(_COLUMNS, text) | {"complicated": pyarrow.bool_()}
     kinds["messages"] = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
@@ -250,8 +260,6 @@ def _plot(tools: Tools, path: Path, embedder: Embedder | None) -> None:
             if item.place in chosen:
                 texts.append(item.content["instruction"])
                 owners.append(domain)
-    if len(texts) < 10:
-        return
     vectors = None if embedder is None else embedder.embed(texts)
     with ProgressBar("drawing instructions") as bar:
         bar.update(0, 1)
@@ -300,6 +308,7 @@ def metrics(summaries: Mapping[str, Summary], spent: Sequence[Any]) -> dict[str,
             f"meta_topics/{domain}": one.meta_topics,
             f"sub_topics/{domain}": one.sub_topics,
             f"conversations/{domain}": one.total,
+            f"wanted/{domain}": one.wanted,
             f"heldout/{domain}": one.conversations["heldout"],
             f"words_per_conversation/{domain}": one.words / max(one.total, 1),
             f"distinct_pairs/{domain}": one.distinct,

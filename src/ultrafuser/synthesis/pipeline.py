@@ -2,11 +2,13 @@
 
 import asyncio
 import gc
+import hashlib
 import itertools
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from ultrafuser.progress import ProgressBar
 from ultrafuser.sandbox import Sandbox
 from ultrafuser.synthesis.answers import UnreadableError, schema_of
 from ultrafuser.synthesis.book import Book, Reply
+from ultrafuser.synthesis.budget import Account, BudgetError
 from ultrafuser.synthesis.cluster import MOST, Cluster
-from ultrafuser.synthesis.endpoint import Endpoint, Question, RefusedError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, RefusedError
 from ultrafuser.synthesis.prompts import Prompts
-from ultrafuser.synthesis.recipe import ModelSettings, SynthesisRecipe
+from ultrafuser.synthesis.recipe import SynthesisRecipe
 from ultrafuser.synthesis.sieve import Sieve
 from ultrafuser.synthesis.stages import (
     Answer,
@@ -43,71 +46,8 @@ STAGES: tuple[type[Stage], ...] = (
 )
 _PLANNED = 10
 """Calls that are planned and looked for in the book at once: more would keep answers that have come waiting."""
-CHARACTERS_PER_TOKEN = 4.0
-
-
-class BudgetError(UltrafuserError):
-    """The next request could cost more than is left."""
-
-
-@dataclass(slots=True)
-class Account:
-    """What was spent, and what requests that are under way may cost at most.
-
-    Args:
-        recipe: with the budget and the prices.
-        tokens: spent so far, read and written.
-        money: spent so far, in the currency of the prices.
-        promised_tokens: that requests under way may cost at most.
-        promised_money: likewise.
-    """
-
-    recipe: SynthesisRecipe
-    tokens: int = 0
-    money: float = 0.0
-    promised_tokens: int = 0
-    promised_money: float = 0.0
-
-    @contextmanager
-    def promise(self, call: Call, model: ModelSettings) -> Iterator[None]:
-        """Set aside what a request may cost, as long as the block lasts.
-
-        Raises:
-            BudgetError: so much is not left.
-        """
-        budget = self.recipe.budget
-        read = sum(len(message["content"]) for message in call.messages) / CHARACTERS_PER_TOKEN
-        tokens = int(read) + model.max_tokens
-        money = cost(model, read, model.max_tokens)
-        if budget.tokens is not None and self.tokens + self.promised_tokens + tokens > budget.tokens:
-            raise BudgetError(
-                f"budget.tokens is {budget.tokens:,}, and {self.tokens:,} are spent; the next request may need "
-                f"{tokens:,} more. Raise it, and run the same command again; nothing is lost."
-            )
-        if budget.money is not None and self.money + self.promised_money + money > budget.money:
-            raise BudgetError(
-                f"budget.money is {budget.money:,.2f}, and {self.money:,.2f} is spent; the next request may cost "
-                f"{money:,.4f} more. Raise it, and run the same command again; nothing is lost."
-            )
-        self.promised_tokens += tokens
-        self.promised_money += money
-        try:
-            yield
-        finally:
-            self.promised_tokens -= tokens
-            self.promised_money -= money
-
-    def spend(self, model: ModelSettings, input_tokens: int, output_tokens: int) -> None:
-        """Note what an answer has cost."""
-        self.tokens += input_tokens + output_tokens
-        self.money += cost(model, input_tokens, output_tokens)
-
-
-def cost(model: ModelSettings, input_tokens: float, output_tokens: float) -> float:
-    """In the currency of the price; 0 where there is none."""
-    if model.price is None:
-        return 0.0
-    return (model.price.input * input_tokens + model.price.output * output_tokens) / 1e6
+_MOST_REFUSED = 10
+"""Calls that may be refused one after the other before it is the endpoint that is to blame."""
 
 
 def settings_of(recipe: SynthesisRecipe, prompts: Prompts) -> dict[str, Any]:
@@ -116,7 +56,9 @@ def settings_of(recipe: SynthesisRecipe, prompts: Prompts) -> dict[str, Any]:
         mode="json", exclude={"endpoint", "budget", "embedding", "prompts", "stages", "model"}
     )
     filters = settings.pop("filters")
-    filters["benchmarks"] = sorted(Path(path).name for path in filters["benchmarks"])
+    filters["benchmarks"] = sorted(
+        hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in filters["benchmarks"]
+    )
     models = {}
     for stage in STAGES:
         models[f"model of {stage.name}"] = recipe.model_for(stage.name).model_dump(
@@ -159,7 +101,9 @@ class Pipeline:
         try:
             self.tools = Tools(recipe, book, prompts, Sieve(recipe.filters), sandbox)
             self._stages = [stage(self.tools) for stage in STAGES]
-            self._account = Account(recipe)
+            self._account = Account(recipe.budget)
+            self._is_answered = False  # anything, since the run began or went on
+            self._refused: list[_Refused] = []  # since the last answer
             for spent in book.spent():
                 self._account.spend(recipe.model_for(spent.stage), spent.input_tokens, spent.output_tokens)  # type: ignore[arg-type]
             self._remember()
@@ -188,17 +132,22 @@ class Pipeline:
             gc.unfreeze()
 
     async def _run(self) -> None:
-        structured = self.tools.book.noted("structured")
+        endpoint, structured = self._recipe.endpoint, self.tools.book.noted(self._structured_at)
         if self._num_askers is not None:
-            await self._ask_all(Cluster(self._recipe.endpoint, self._num_askers, structured))
+            await self._run_stages(Cluster(endpoint, self._num_askers, structured))
             return
-        async with Endpoint(self._recipe.endpoint, structured) as endpoint:
-            await self._ask_all(endpoint)
+        async with Endpoint(endpoint, structured) as asked:
+            await self._run_stages(asked)
 
-    async def _ask_all(self, asked: Endpoint | Cluster) -> None:
+    @property
+    def _structured_at(self) -> str:
+        """Name under which the book has what the endpoint knows of JSON; a run may go on at another."""
+        return f"structured at {self._recipe.endpoint.base_url}"
+
+    async def _run_stages(self, asked: Endpoint | Cluster) -> None:
         for stage in self._stages:
             while lines := self._next_lines(stage):
-                await self._ask(asked, stage, lines)
+                await self._run_round(asked, stage, lines)
 
     def _next_lines(self, stage: Stage) -> "list[_Line]":
         """The next round of every domain that has not finished a stage; nobody is a round ahead of another, so that an
@@ -214,116 +163,177 @@ class Pipeline:
             if at == number
         ]
 
-    async def _ask(self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]") -> None:
+    async def _run_round(self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]") -> None:
         """Get an answer to every question of a round that has none, and make of the answers what they make."""
-        book, number, done = self.tools.book, lines[0].number, 0
+        number = lines[0].number
         domains = [line.domain for line in lines]
         expected = sum(stage.expected_calls(self._recipe.domains[domain]) for domain in domains)
-        waiting = ((line, call) for line in lines for call in line.unanswered())
         title = f"{stage.name.replace('_', ' ')}, {', '.join(domains)}"
 
         def finish(line: _Line, call: Call) -> None:
-            nonlocal done
             line.finish(call)
-            done += 1
-            bar.update(done, max(round(expected), done, 1))
-            if asked.structured != book.noted("structured"):
-                book.note("structured", asked.structured)
-
-        async def work(endpoint: Endpoint) -> None:
-            for line, call in waiting:  # one iterator for all workers: each takes the next
-                await self._answer(endpoint, stage, call)
-                finish(line, call)
+            done = sum(line.num_over for line in lines)
+            bar.update(done, max(round(expected), done))
+            if asked.structured != self.tools.book.noted(self._structured_at):
+                self.tools.book.note(self._structured_at, asked.structured)
 
         with ProgressBar(title + (f", round {number + 1}" if number else "")) as bar:
             async with asyncio.TaskGroup() as group:
-                if isinstance(asked, Cluster):
-                    group.create_task(self._answer_by_cluster(asked, stage, waiting, finish))
-                else:
-                    for _ in range(2 * self._recipe.endpoint.concurrency):  # some ask, others read and check
-                        group.create_task(work(asked))
+                group.create_task(self._ask(asked, stage, lines, finish))
                 for line in lines:
                     made = await stage.make(line.domain, number, line.answers())
-                    book.finish_round(
-                        stage.name, line.domain, number, made.items, made.removed, is_last=made.is_last
+                    items = itertools.chain(made.items, made.later)
+                    self.tools.book.finish_round(
+                        stage.name, line.domain, number, items, made.removed, is_last=made.is_last
                     )
 
-    async def _answer(self, endpoint: Endpoint, stage: Stage, call: Call) -> None:
-        """Ask until there is an answer that can be read, or until it was asked often enough."""
-        model = self._recipe.model_for(stage.name)
-        while (question := self._question(stage, call)) is not None:
-            with self._account.promise(call, model):
-                try:
-                    reply: Reply | RefusedError = await endpoint.ask(question, model)
-                except RefusedError as error:
-                    reply = error
-            if await self._take(stage, call, reply):
-                return
-
-    async def _answer_by_cluster(
-        self,
-        cluster: Cluster,
-        stage: Stage,
-        waiting: "Iterator[tuple[_Line, Call]]",
-        finish: "Callable[[_Line, Call], None]",
+    async def _ask(
+        self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]", finish: "_Finish"
     ) -> None:
-        """The same for all calls of a round, many at a time; what could not be read comes again with the next ones."""
+        """Ask what has no answer; a call that is refused is over once others were answered."""
+        waiting = ((line, call) for line in lines for call in line.unanswered())
+        if isinstance(asked, Cluster):
+            await self._ask_cluster(asked, stage, waiting, finish)
+        else:
+            await self._ask_endpoint(asked, stage, waiting, finish)
+        if self._refused and not self._is_answered and not any(line.num_over for line in lines):
+            raise EndpointError(_refusing(self._recipe, self._refused))
+        self._give_up_refused(stage, finish, self._refused)
+
+    async def _ask_endpoint(
+        self, endpoint: Endpoint, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]", finish: "_Finish"
+    ) -> None:
+        errors: list[UltrafuserError] = []
+
+        async def work() -> None:
+            try:
+                for line, call in waiting:  # one iterator for all workers: each takes the next
+                    try:
+                        await self._answer(endpoint, stage, call, finish)
+                    except RefusedError as error:
+                        self._refuse(line, call, error)
+                        continue
+                    finish(line, call)
+            except UltrafuserError as error:
+                errors.append(error)
+                endpoint.limiter.stop(str(error))  # what is under way is paid for: it ends as it does
+
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(2 * self._recipe.endpoint.concurrency):  # some ask, others read and check
+                workers.create_task(work())
+        if errors:
+            raise errors[0]
+
+    async def _ask_cluster(
+        self, cluster: Cluster, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]", finish: "_Finish"
+    ) -> None:
+        """Many at a time; what could not be read comes again with the next ones."""
         model = self._recipe.model_for(stage.name)
         while batch := list(itertools.islice(waiting, MOST)):
+            again: list[tuple[_Line, Call]] = []
+
+            async def check(line: _Line, call: Call, again: list[tuple[_Line, Call]] = again) -> None:
+                if await self._check(stage, call):
+                    finish(line, call)
+                else:
+                    again.append((line, call))
+
             asked: dict[str, tuple[_Line, Call]] = {}
             questions: list[tuple[str, Question]] = []
-            again: list[tuple[_Line, Call]] = []
             with ExitStack() as promises:
-                for place, (line, call) in enumerate(batch):
-                    if (question := self._question(stage, call)) is None:
-                        finish(line, call)
-                        continue
-                    try:
-                        promises.enter_context(self._account.promise(call, model))
-                    except BudgetError:
-                        if not questions:
-                            raise
-                        again = batch[place:]  # when these are paid, more may be left than it seems
-                        break
-                    asked[call.key] = (line, call)
-                    questions.append((call.key, question))
-                answers = cluster.ask(questions, model)
-                while (found := await asyncio.to_thread(next, answers, None)) is not None:
-                    line, call = asked[found[0]]
-                    if await self._take(stage, call, found[1]):
-                        finish(line, call)
-                    else:
-                        again.append((line, call))
+                async with asyncio.TaskGroup() as checks:
+                    for place, (line, call) in enumerate(batch):
+                        if self.tools.book.unchecked(call.key) is not None:
+                            checks.create_task(check(line, call))
+                            continue
+                        if (question := self._question(stage, call)) is None:
+                            finish(line, call)
+                            continue
+                        try:
+                            promises.enter_context(self._account.promise(call, model))
+                        except BudgetError:
+                            if not questions:
+                                raise
+                            again += batch[place:]  # when these are paid, more may be left than it seems
+                            break
+                        asked[call.key] = (line, call)
+                        questions.append((call.key, question))
+                    answers = cluster.ask(questions, model)
+                    while (found := await asyncio.to_thread(next, answers, None)) is not None:
+                        line, call = asked[found[0]]
+                        if isinstance(found[1], RefusedError):
+                            self._refuse(line, call, found[1])
+                            continue
+                        self._receive(stage, call, found[1], finish)
+                        checks.create_task(check(line, call))
             waiting = itertools.chain(again, waiting)
+
+    async def _answer(self, endpoint: Endpoint, stage: Stage, call: Call, finish: "_Finish") -> None:
+        """Ask until there is an answer that can be read, or until it was asked often enough."""
+        model = self._recipe.model_for(stage.name)
+        while True:
+            if self.tools.book.unchecked(call.key) is None:
+                if (question := self._question(stage, call)) is None:
+                    return
+                await self._account.room(call, model)
+                with self._account.promise(call, model):
+                    self._receive(stage, call, await endpoint.ask(question, model), finish)
+            if await self._check(stage, call):
+                return
 
     def _question(self, stage: Stage, call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up."""
         problems = self.tools.book.problems(call.key)
         if len(problems) >= self._recipe.readings:
-            self._give_up(stage, call, len(problems), problems[-1])
+            self._give_up(stage, call, problems[-1])
             return None
         schema = None if call.kind is None else schema_of(call.kind)
         return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
 
-    async def _take(self, stage: Stage, call: Call, reply: Reply | RefusedError) -> bool:
-        """Check an answer and write it down; whether the call is over."""
+    def _receive(self, stage: Stage, call: Call, reply: Reply, finish: "_Finish") -> None:
+        """Write an answer down, which may then wait for being looked at.
+
+        What was refused before this was asked will never be answered: it is not the endpoint that refuses everything.
+        """
+        model = self._recipe.model_for(stage.name)
+        self.tools.book.receive(call.key, stage.name, model.model, reply)
+        self._account.spend(model, reply.input_tokens, reply.output_tokens)
+        self._is_answered = True
+        asked_s = time.monotonic() - reply.seconds
+        self._give_up_refused(stage, finish, [one for one in self._refused if one[3] < asked_s])
+
+    async def _check(self, stage: Stage, call: Call) -> bool:
+        """Look at an answer that has come; whether the call is over."""
         book, model = self.tools.book, self._recipe.model_for(stage.name)
-        reading = len(book.problems(call.key))
-        if isinstance(reply, RefusedError):
-            self._give_up(stage, call, reading, str(reply))
-            return True
+        reply = book.unchecked(call.key)
+        assert reply is not None
         try:
             stage.read(call, reply.text, reply.finish)
             problem = await self._problem(stage, call, reply.text)
         except UnreadableError as error:
             problem = str(error)
-        book.record(call.key, stage.name, model.model, reading, reply, problem)
-        self._account.spend(model, reply.input_tokens, reply.output_tokens)
+        book.record(call.key, stage.name, model.model, len(book.problems(call.key)), reply, problem)
         return problem is None
 
-    def _give_up(self, stage: Stage, call: Call, readings: int, reason: str) -> None:
-        model = self._recipe.model_for(stage.name).model
-        self.tools.book.give_up(call.key, stage.name, model, readings, reason)
+    def _refuse(self, line: "_Line", call: Call, error: RefusedError) -> None:
+        """Remember that a call was refused.
+
+        Raises:
+            EndpointError: so were the last ones before it; perhaps nothing is wrong with any of them.
+        """
+        self._refused.append((line, call, str(error), time.monotonic()))
+        if len(self._refused) >= _MOST_REFUSED:
+            raise EndpointError(_refusing(self._recipe, self._refused))
+
+    def _give_up_refused(self, stage: Stage, finish: "_Finish", refused: "list[_Refused]") -> None:
+        for line, call, reason, _ in refused:
+            self._give_up(stage, call, reason)
+            finish(line, call)
+        self._refused = [one for one in self._refused if one not in refused]
+
+    def _give_up(self, stage: Stage, call: Call, reason: str) -> None:
+        book, model = self.tools.book, self._recipe.model_for(stage.name).model
+        book.give_up(call.key, stage.name, model, len(book.problems(call.key)), reason)
 
     async def _problem(self, stage: Stage, call: Call, text: str) -> str | None:
         if stage.runs_code(call):
@@ -352,10 +362,13 @@ class _Line:
         domain: of the calls.
         number: of the round.
         plan: the calls.
+
+    Attributes:
+        num_over: calls that are over.
     """
 
     def __init__(self, book: Book, domain: str, number: int, plan: Iterator[Call]) -> None:
-        self.domain, self.number = domain, number
+        self.domain, self.number, self.num_over = domain, number, 0
         self._book, self._plan = book, plan
         self._waiting: deque[Call] = deque()
         self._over: set[str] = set()
@@ -377,6 +390,7 @@ class _Line:
 
     def finish(self, call: Call) -> None:
         """Note that a call is over."""
+        self.num_over += 1
         self._over.add(call.key)
         if self._waiting[0].key == call.key:
             self._changed.set()
@@ -392,6 +406,18 @@ class _Line:
             if self._waiting or not self._is_complete:
                 self._changed.clear()
                 await self._changed.wait()
+
+
+_Finish = Callable[[_Line, Call], None]
+_Refused = tuple[_Line, Call, str, float]
+"""A call that was refused, why, and when (of the monotonic clock)."""
+
+
+def _refusing(recipe: SynthesisRecipe, refused: list[_Refused]) -> str:
+    return (
+        f"{recipe.endpoint.base_url} refuses one request after another ({len(refused)}), at last: {refused[-1][2]}. "
+        "Mend the recipe or the server, and run the same command again; nothing is lost."
+    )
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -12,7 +12,7 @@ from ultrafuser.recipes import RecipeSection, load_recipe
 StageName = Literal["meta_topics", "sub_topics", "instructions", "related", "complicated", "responses"]
 Check = Literal["none", "code", "math"]
 """What is looked at in responses."""
-STAGES: tuple[StageName, ...] = (
+STAGE_NAMES: tuple[StageName, ...] = (
     "meta_topics",
     "sub_topics",
     "instructions",
@@ -67,7 +67,7 @@ class EndpointSettings(RecipeSection):
         description="at a request that is refused for a while, fails or is cut, before the run stops",
     )
     structured: Literal["auto", "json_schema", "json_object", "none"] = Field(
-        default="auto", description="what the server knows of answers in JSON; auto tries in this order"
+        default="auto", description="what the server knows of answers in JSON; auto finds out, in this order"
     )
     seeds: bool = Field(default=True, description="whether requests carry a seed")
 
@@ -91,7 +91,9 @@ class EndpointSettings(RecipeSection):
 class Budget(RecipeSection):
     """Where a run stops; it can go on when the limit is raised."""
 
-    tokens: int | None = Field(default=None, ge=1, description="read and written, all attempts together")
+    tokens: int | None = Field(
+        default=None, ge=1, description="read and written, of all answers, also those that could not be read"
+    )
     money: float | None = Field(default=None, gt=0, description="in the currency of the prices")
 
 
@@ -187,7 +189,7 @@ class SynthesisRecipe(RecipeSection):
     @model_validator(mode="after")
     def _prices_are_known(self) -> Self:
         if self.budget.money is not None:
-            unpriced = [stage for stage in STAGES if self.model_for(stage).price is None]
+            unpriced = [stage for stage in STAGE_NAMES if self.model_for(stage).price is None]
             if unpriced:
                 raise ValueError(
                     f"budget.money needs a price, which the model of {', '.join(unpriced)} has not"

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -61,6 +61,9 @@ class Made:
     """What a round has made."""
 
     items: list[Item] = field(default_factory=list)
+    later: Iterable[
+        Item
+    ] = ()  # further ones, which are made as they are taken; some may still be removed then
     removed: list[Removed] = field(default_factory=list)
     is_last: bool = True
 
@@ -180,7 +183,10 @@ class MetaTopics(Stage):
         settings, book = self.settings(domain), self.tools.book
         if isinstance(settings.meta_topics, list):
             return Made([Item({"name": name}) for name in settings.meta_topics])
-        known = {"", *(_same(item.content["name"]) for item in book.items(self.name, domain))}  # "..." is no name
+        known = {
+            "",
+            *(_same(item.content["name"]) for item in book.items(self.name, domain)),
+        }  # "..." is no name
         wanted = settings.num_meta_topics - book.count(self.name, domain)
         made = Made()
         async for call, answer in answers:
@@ -524,6 +530,8 @@ class ResponseStage(Stage):
             raise UnreadableError(f"{len(text):,} characters")
         if finish == "length":
             raise UnreadableError("cut off: raise max_tokens")
+        if finish == "content_filter":
+            raise UnreadableError("cut off by the endpoint's filter")
         if (finding := self.tools.sieve.check_response(text)) is not None:
             raise UnreadableError(f"{finding.reason}: {finding.detail}")
         return text
@@ -546,7 +554,13 @@ class ResponseStage(Stage):
         turns = self._turns(domain)
         if number < 2 * max(turns.values(), default=1) - 2:
             return Made(is_last=False)
-        made, book = Made(), self.tools.book
+        made = Made()
+        made.later = self._made(domain, turns, made.removed)
+        return made
+
+    def _made(self, domain: str, turns: Mapping[int, int], removed: list[Removed]) -> Iterator[Item]:
+        """The conversations one by one, since all of them are much; what has none is added to those removed."""
+        book = self.tools.book
         for item in book.items("complicated", domain):
             rounds = 2 * turns.get(item.place, 1) - 1
             messages = [{"role": "user", "content": item.content["instruction"]}]
@@ -557,17 +571,16 @@ class ResponseStage(Stage):
                 messages.append({"role": "user" if before % 2 else "assistant", "content": answer[0].strip()})
             if len(messages) % 2:  # a question without an answer
                 messages.pop()
-            if not messages:
-                made.removed.append(Removed("no response", "", item.content["instruction"]))
-                continue
-            made.items.append(Item({**item.content, "messages": messages}, item.place))
-        return made
+            if messages:
+                yield Item({**item.content, "messages": messages}, item.place)
+            else:
+                removed.append(Removed("no response", "", item.content["instruction"]))
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
         """See `Stage`."""
         several = settings.several_turns * settings.instructions
-        return settings.instructions + several * (settings.turns + 2 - 2)
+        return settings.instructions + several * settings.turns
 
 
 def base_count(settings: DomainSettings) -> int:

@@ -96,8 +96,28 @@ def test_a_wrong_key_or_model_ends_the_run_at_once(status):
 
 
 def test_one_bad_request_does_not():
+    refused = (400, {"error": {"message": "content"}})
     with pytest.raises(RefusedError, match="refuses the request"):
-        ask([(400, {"error": {"message": "content"}})])
+        ask([refused])
+    reply, sent, _ = ask([refused, refused, (200, GOOD)])  # a server that was being started
+    assert (reply.text, len(sent)) == ("yes", 3)
+
+
+def test_texts_are_such_that_files_can_hold_them():
+    def said(content, **usage):
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        return json.dumps({"choices": [choice], **usage}).encode()
+
+    assert ask([(200, said("cut \ud83d"))])[0].text == "cut \ufffd"
+    assert ask([(200, said("whole \ud83d\ude00"))])[0].text == "whole 😀"
+    assert ask([(200, said([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]))])[0].text == "ab"
+    assert ask([(200, said(None))])[0].text == ""
+    with pytest.raises(EndpointError, match="another form"):
+        ask([(200, said(5))])
+    reply = ask([(200, said("x" * 41))])[0]  # nobody has counted
+    assert (reply.input_tokens, reply.output_tokens) == (2, 11)
+    reply = ask([(200, said("x", usage={"prompt_tokens": 10**30, "completion_tokens": -4}))])[0]
+    assert (reply.input_tokens, reply.output_tokens) == (2**40, 0)
 
 
 def test_json_is_asked_for_as_far_as_the_server_knows_it():
@@ -111,6 +131,36 @@ def test_json_is_asked_for_as_far_as_the_server_knows_it():
     assert endpoint.structured == "none"
     with pytest.raises(RefusedError):
         ask([refused], JSON, structured="json_schema")
+    # Falling back is no attempt, and a question that is refused in every form says nothing about forms.
+    assert ask([refused, refused, (200, GOOD)], JSON, attempts=1)[0].text == "yes"
+    _, sent, endpoint = ask([*[refused] * 3, (200, GOOD)], JSON)
+    assert sent[3]["response_format"]["type"] == "json_schema"
+    assert endpoint.structured == "json_schema"
+
+
+def test_what_was_noted_is_where_it_begins_and_what_is_set_wins():
+    def structured(noted, **settings):
+        return Endpoint(EndpointSettings(api_key_variable=None, **settings), noted).structured
+
+    assert structured(None) == "json_schema"
+    assert structured("json_object") == "json_object"
+    assert structured("json_schema", structured="none") == "none"
+
+
+def test_nothing_new_is_asked_once_it_is_stopped():
+    async def story():
+        limiter = Limiter(1)
+        async with limiter.slot():
+            waiting = asyncio.ensure_future(limiter.slot().__aenter__())
+            await asyncio.sleep(0)
+            limiter.stop("enough")
+            with pytest.raises(EndpointError, match="enough"):
+                await waiting
+        with pytest.raises(EndpointError, match="enough"):
+            async with limiter.slot():
+                pass
+
+    asyncio.run(story())
 
 
 def test_a_key_that_is_not_set_is_named(monkeypatch):

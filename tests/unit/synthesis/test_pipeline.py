@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from ultrafuser.errors import UltrafuserError
-from ultrafuser.synthesis.endpoint import EndpointError
+from ultrafuser.synthesis.budget import BudgetError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, RefusedError
 from ultrafuser.synthesis.export import export
-from ultrafuser.synthesis.pipeline import STAGES, BudgetError, Pipeline
+from ultrafuser.synthesis.pipeline import STAGES, Pipeline
 from ultrafuser.synthesis.recipe import read_synthesis_recipe
 from ultrafuser.training.data import read_conversations
 
@@ -262,6 +263,76 @@ def test_it_stops_within_the_budget_and_goes_on_with_another(clean, serve, tmp_p
     assert 0 < sum(map(sum, spent)) <= budget.get("tokens", 10**9)
     assert sum(read + 2 * written for read, written in spent) / 1e6 <= budget.get("money", 10**9)
     run(write_recipe(tmp_path, url), tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+
+
+def test_a_server_that_refuses_everything_ends_the_run_and_loses_nothing(clean, serve, tmp_path, monkeypatch):
+    path, asked = write_recipe(tmp_path, serve()), Endpoint.ask
+
+    async def refuse(self, question, model):
+        raise RefusedError("no such setting")
+
+    for _ in range(2):  # again after it has answered for a while
+        with monkeypatch.context() as patch:
+            patch.setattr(Endpoint, "ask", refuse)
+            with pytest.raises(EndpointError, match=r"refuses one request after another.*no such setting"):
+                run(path, tmp_path / "run")
+        answered = 0
+
+        async def refuse_later(self, question, model):
+            nonlocal answered
+            answered += 1
+            return await (refuse if answered > 60 else asked)(self, question, model)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Endpoint, "ask", refuse_later)
+            with pytest.raises(EndpointError, match="refuses one request after another"):
+                run(path, tmp_path / "run")
+    run(path, tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+
+
+def test_a_question_that_alone_is_refused_is_given_up(serve, tmp_path, monkeypatch):
+    asked, refused = Endpoint.ask, []
+
+    async def picky(self, question, model):
+        if question.seed % 10 == 0:
+            refused.append(question)
+            raise RefusedError("not that")
+        return await asked(self, question, model)
+
+    monkeypatch.setattr(Endpoint, "ask", picky)
+    run(write_recipe(tmp_path, serve()), tmp_path / "run")
+    given_up = [row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
+    assert len(given_up) == len(refused) > 3
+    assert {row[6] for row in given_up} == {"not that"}
+
+
+def test_what_is_paid_for_is_kept_before_it_is_looked_at(clean, serve, tmp_path, monkeypatch):
+    url = serve()
+    path, checked = write_recipe(tmp_path, url), []
+
+    def fail(self, call, text):
+        checked.append(call.key)
+        if len(checked) == 30:
+            raise UltrafuserError("the sandbox broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[-1], "problem", fail)
+        with pytest.raises(UltrafuserError, match="the sandbox broke"):
+            run(path, tmp_path / "run")
+    assert rows(tmp_path / "run", "unchecked", "key")
+    run(path, tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+    assert not rows(tmp_path / "run", "unchecked", "key")
+    assert len(httpx.get(f"{url}/asked").json()) == len(rows(tmp_path / "run", "calls", "key"))
+    assert rows(tmp_path / "run", "spending", "stage") == rows(clean[0], "spending", "stage")
+
+
+def test_a_budget_of_little_more_than_one_request_is_used_up(clean, serve, tmp_path):
+    needed = sum(row[4] + row[5] for row in rows(clean[0], "spending", "stage"))
+    path = write_recipe(tmp_path, serve(latency_s=0.01), budget={"tokens": needed + 1000})  # 8 x 512 at once
+    run(path, tmp_path / "run")
     assert items(tmp_path / "run") == items(clean[0])
 
 
