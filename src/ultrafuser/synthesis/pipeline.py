@@ -264,7 +264,8 @@ class Pipeline:
                         if isinstance(found[1], RefusedError):
                             self._refuse(line, call, found[1])
                             continue
-                        self._receive(stage, call, found[1], finish)
+                        asked_s = time.monotonic() - found[1].seconds
+                        self._receive(stage, call, found[1], asked_s, finish)
                         checks.create_task(check(line, call))
             waiting = itertools.chain(again, waiting)
 
@@ -277,7 +278,8 @@ class Pipeline:
                     return
                 await self._account.room(call, model)
                 with self._account.promise(call, model):
-                    self._receive(stage, call, await endpoint.ask(question, model), finish)
+                    asked_s = time.monotonic()
+                    self._receive(stage, call, await endpoint.ask(question, model), asked_s, finish)
             if await self._check(stage, call):
                 return
 
@@ -290,7 +292,7 @@ class Pipeline:
         schema = None if call.kind is None else schema_of(call.kind)
         return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
 
-    def _receive(self, stage: Stage, call: Call, reply: Reply, finish: "_Finish") -> None:
+    def _receive(self, stage: Stage, call: Call, reply: Reply, asked_s: float, finish: "_Finish") -> None:
         """Write an answer down, which may then wait for being looked at.
 
         What was refused before this was asked will never be answered: it is not the endpoint that refuses everything.
@@ -299,7 +301,6 @@ class Pipeline:
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
         self._is_answered = True
-        asked_s = time.monotonic() - reply.seconds
         self._give_up_refused(stage, finish, [one for one in self._refused if one[3] < asked_s])
 
     async def _check(self, stage: Stage, call: Call) -> bool:

@@ -6,9 +6,9 @@ import os
 import pytest
 from test_pipeline import items, rows, serve, write_recipe
 
+from ultrafuser.synthesis.budget import BudgetError
 from ultrafuser.synthesis.cluster import Cluster
 from ultrafuser.synthesis.endpoint import EndpointError, Question
-from ultrafuser.synthesis.budget import BudgetError
 from ultrafuser.synthesis.pipeline import Pipeline
 from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings, read_synthesis_recipe
 
