@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 from ultrafuser.errors import UltrafuserError
 
-Outcome = Literal["ended", "time", "memory", "processes", "output"]
-"""The program ended by itself, or was ended because it took more of something than it may."""
+Outcome = Literal["ended", "time", "memory", "processes", "output", "broken"]
+"""The program ended by itself, was ended because it took more of something than it may, or breaks every sandbox."""
 Kind = Literal["bubblewrap", "namespaces", "none"]
 
 _WARDEN = Path(__file__).with_name("warden.py")
@@ -33,7 +33,7 @@ class Limits:
         cpu_s: seconds of a processor, of one process.
         memory_bytes: of all its processes together, and of the addresses of each.
         disk_bytes: of its temporary folder, which is in memory.
-        processes: and threads that are processes of their own, at once.
+        processes: at once; their threads may be eight times as many.
         output_bytes: of standard output and standard error together.
     """
 
@@ -55,10 +55,10 @@ class Result:
     """How a program ended.
 
     Attributes:
-        outcome: by itself, or what it took too much of.
-        exit_code: of the program; minus the signal that ended it.
+        outcome: by itself, or what it took too much of, or what it did.
+        exit_code: of the program; minus the signal that ended it; 1 if it broke its sandbox.
         stdout: what it wrote, as far as `Limits.output_bytes` goes; broken characters read U+FFFD.
-        stderr: likewise.
+        stderr: likewise; how the sandbox broke, if it did.
         seconds: that it took, opening and closing included.
     """
 
@@ -72,6 +72,10 @@ class Result:
     def passed(self) -> bool:
         """Whether it ended by itself, with exit code 0."""
         return self.outcome == "ended" and self.exit_code == 0
+
+
+class _BrokenError(UltrafuserError):
+    """A sandbox did not say how its program ended."""
 
 
 class Sandbox:
@@ -117,9 +121,17 @@ class Sandbox:
             stdin: what it reads from standard input.
 
         Raises:
-            UltrafuserError: the sandbox itself broke.
+            UltrafuserError: the sandbox itself broke, and would with any program.
         """
-        return self._run(self.kind, code, stdin)
+        start_s = time.monotonic()
+        for _ in range(2):
+            try:
+                return self._run(self.kind, code, stdin)
+            except _BrokenError as error:
+                broken = error
+        if self._reason_against(self.kind) is not None:
+            raise broken
+        return Result("broken", 1, "", str(broken), time.monotonic() - start_s)
 
     def _reason_against(self, kind: Kind) -> str | None:
         if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
@@ -275,7 +287,7 @@ class _Exchange:
         said = os.read(self.report, 2**16)
         report: Any = json.loads(said) if said else {"outcome": "broken", "message": texts[1].strip()[-300:]}
         if report["outcome"] == "broken":
-            raise UltrafuserError(f"the sandbox broke: {report['message']}")
+            raise _BrokenError(f"the sandbox broke: {report['message']}")
         return Result(report["outcome"], report["exit_code"], *texts, seconds)
 
 

@@ -10,6 +10,7 @@ process 1 of a namespace of its own, so that everything the program leaves behin
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -24,7 +25,13 @@ from typing import Any, NoReturn
 POLL_S = 0.02
 MAX_FILES = 4096
 NOBODY = 65534
+UIDS = ((0x70000000, 1 << 27), (61184, 4336), (NOBODY, 1))
+"""First and number of the users that programs run as, best first: ids that no system hands out; where only 16 bits are
+mapped, those that systemd makes up for services; nobody."""
 OLD_ROOT = "/.old"
+STACK_BYTES = 2**22
+"""Of each thread, the first included: sixty are then a quarter of 1 GiB of addresses, and recursion through C still
+goes several thousand calls deep."""
 
 # From Linux' headers.
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
@@ -33,24 +40,54 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 SECCOMP_MODE_FILTER = 2
-SECCOMP_RET_ALLOW, SECCOMP_RET_EPERM, SECCOMP_RET_KILL = 0x7FFF0000, 0x00050001, 0x80000000
-BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
+SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
+SECCOMP_RET_EPERM = SECCOMP_RET_ERRNO | errno.EPERM
+BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
 
-# What no program that computes something needs: memory that belongs to no process, other processes' memory, keys,
-# mounts, namespaces, modules of the kernel, and its youngest interfaces. Numbers on x86-64 and on 64-bit ARM.
+# What no program that computes something needs: memory that belongs to no process, other processes' memory and
+# priority, keys, mounts, namespaces, modules of the kernel, and its youngest interfaces. Numbers on x86-64 and on
+# 64-bit ARM.
 FORBIDDEN = {
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "userfaultfd": (323, 282),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "pidfd_getfd": (438, 438), "kcmp": (312, 272), "perf_event_open": (298, 241), "bpf": (321, 280),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "move_pages": (279, 239),
+    "migrate_pages": (256, 238), "setpriority": (141, 140), "ioprio_set": (251, 30), "fanotify_init": (300, 262),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "fsopen": (430, 430),
     "open_tree": (428, 428), "move_mount": (429, 429), "unshare": (272, 97), "setns": (308, 268),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "open_tree_attr": (467, 467), "quotactl_fd": (443, 443), "kexec_file_load": (320, 294),
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
     "io_uring_setup": (425, 425), "acct": (163, 89), "quotactl": (179, 60), "syslog": (103, 116),
     "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225), "settimeofday": (164, 170),
     "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264),
 }  # fmt: skip
+# What depends on an argument: numbers as above, which argument, tests of its lower half (all that the kernel looks at
+# here), the answer if one of them holds, and the answer if none does.
+NAMESPACES = (BPF_ANY_BIT, CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID
+              | CLONE_NEWNET)  # fmt: skip
+ITSELF = ([(BPF_EQUAL, 0)], SECCOMP_RET_ALLOW, SECCOMP_RET_EPERM)
+FAMILIES = (  # others may lead out of the network's namespace, as vsock does
+    [(BPF_EQUAL, family) for family in (AF_UNIX, AF_INET, AF_INET6)],
+    SECCOMP_RET_ALLOW,
+    SECCOMP_RET_ERRNO | errno.EAFNOSUPPORT,
+)
+DEPENDING = {
+    "clone": ((56, 220), 0, [NAMESPACES], SECCOMP_RET_EPERM, SECCOMP_RET_ALLOW),
+    # Its flags are in memory, where filters cannot look; without it, the C library takes clone.
+    "clone3": ((435, 435), 0, [], SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | errno.ENOSYS),
+    "socket": ((41, 198), 0, *FAMILIES),
+    "socketpair": ((53, 199), 0, *FAMILIES),
+    # Process 1 may belong to the same user, who could set its limits or have it wait for ever.
+    "prlimit64": ((302, 261), 0, *ITSELF),
+    "sched_setparam": ((142, 118), 0, *ITSELF),
+    "sched_setscheduler": ((144, 119), 0, *ITSELF),
+    "sched_setaffinity": ((203, 122), 0, *ITSELF),
+    "sched_setattr": ((314, 274), 0, *ITSELF),
+}
 MACHINES = {"x86_64": (0, 0xC000003E, 0x40000000), "aarch64": (1, 0xC00000B7, None)}
 """Column of the numbers above, name of the architecture in filters, first number of calls in x86-64's other form."""
 
@@ -129,16 +166,22 @@ def build_root(readable: list[str], disk_bytes: int) -> None:
 
 
 def forbid_calls() -> None:
-    """Have the kernel refuse what is in `FORBIDDEN` to this process and all that come from it."""
+    """Have the kernel refuse what `FORBIDDEN` and `DEPENDING` say to this process and all that come from it."""
     column, architecture, other_form = MACHINES[platform.machine()]
     numbers = sorted(pair[column] for pair in FORBIDDEN.values())
-    # (code, jump if true, jump if false, value); offsets 0 and 4 of what a filter reads are number and architecture.
+    # (code, jump if true, jump if false, value); what a filter reads: number at 0, architecture at 4, arguments from
+    # 16, eight bytes each, on both machines with the lower half first.
     program = [(BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 1, 0, architecture), (BPF_RETURN, 0, 0, SECCOMP_RET_KILL)]
     program.append((BPF_LOAD, 0, 0, 0))
     if other_form is not None:
         program += [(BPF_AT_LEAST, 0, 1, other_form), (BPF_RETURN, 0, 0, SECCOMP_RET_KILL)]
     for number in numbers:
         program += [(BPF_EQUAL, 0, 1, number), (BPF_RETURN, 0, 0, SECCOMP_RET_EPERM)]
+    for pair, argument, tests, held, failed in DEPENDING.values():
+        block = [(BPF_LOAD, 0, 0, 16 + 8 * argument)]
+        block += [(test, len(tests) - place, 0, value) for place, (test, value) in enumerate(tests)]
+        block += [(BPF_RETURN, 0, 0, failed), (BPF_RETURN, 0, 0, held)]
+        program += [(BPF_EQUAL, 0, len(block), pair[column]), *block]
     program.append((BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
 
@@ -149,17 +192,29 @@ def forbid_calls() -> None:
     check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(filled), 0, 0), "seccomp")
 
 
-def become_program(task: dict[str, Any]) -> NoReturn:
-    """Give up everything that is not needed, and be the program."""
+def own_uid() -> int:
+    """A user that in all likelihood nobody else is, for the kernel counts a user's processes, wherever they run."""
+    with open("/proc/self/uid_map") as file:
+        mapped = [(int(line.split()[0]), int(line.split()[2])) for line in file]
+    for first, count in UIDS:
+        if any(start <= first and first + count <= start + length for start, length in mapped):
+            return first + int.from_bytes(os.urandom(4), "little") % count
+    return NOBODY
+
+
+def become_program(task: dict[str, Any], said: int) -> NoReturn:
+    """Give up everything that is not needed, and be the program.
+
+    Args:
+        task: what is to be done.
+        said: descriptor to which a plus is written when only the program is left to start.
+    """
     os.setsid()
     limits = task["limits"]
     for kind, value in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
-        (
-            resource.RLIMIT_NPROC,
-            8 * limits["processes"],
-        ),  # counted by user, so by all that run at once: a brake
+        (resource.RLIMIT_NPROC, 8 * limits["processes"]),  # of threads; the warden counts processes
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
@@ -168,21 +223,29 @@ def become_program(task: dict[str, Any]) -> NoReturn:
     resource.setrlimit(
         resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1)
     )  # first a signal, then the end
+    most = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(
+        resource.RLIMIT_STACK, (STACK_BYTES if most < 0 else min(STACK_BYTES, most), most)
+    )  # the same wherever it runs
     if os.getuid() == 0:
+        uid = own_uid()
         os.setgroups([])
         os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setuid(uid)
     else:
         for capability in range(64):  # of the namespace of users; those beyond the last one do not exist
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
     forbid_calls()
     os.chdir("/tmp")
-    os.closerange(3, 1 << 16)
+    os.closerange(3, said)
+    os.closerange(said + 1, 1 << 16)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
     environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_ARENA_MAX"] = "1"  # each thread's own would take 64 MiB of the addresses
+    os.write(said, b"+")
     os.execve(task["python"], [task["python"], "-I", task["program"]], environment)
 
 
@@ -238,13 +301,19 @@ def oversee(task: dict[str, Any]) -> NoReturn:
     with open(program, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(task["code"])
     os.chmod(program, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+    heard, said = os.pipe()  # which ends when the program starts
     child = os.fork()
     if child == 0:
         try:
-            become_program(task)
+            become_program(task, said)
         except BaseException as error:
-            os.write(2, f"the sandbox could not be closed: {error}\n".encode())
+            os.write(said, f"{error!r}".encode(errors="replace"))
             os._exit(127)
+    os.close(said)
+    with open(heard, "rb") as file:
+        words = file.read()
+    if words != b"+":
+        raise OSError(f"it could not be closed: {words.decode().lstrip('+') or 'killed meanwhile'}")
     outcome, code = watch(child, task["limits"])
     os.write(task["report"], json.dumps({"outcome": outcome, "exit_code": code}).encode())
     os._exit(0)
@@ -252,6 +321,10 @@ def oversee(task: dict[str, Any]) -> NoReturn:
 
 def main() -> None:
     """Read what is to be done, and do it."""
+    # The kernel keeps from process 1 every signal of those inside, but for those that it handles; so it handles none.
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     with open(int(sys.argv[1]), encoding="utf-8") as file:
         task = json.load(file)
     try:
@@ -265,7 +338,7 @@ def main() -> None:
                 return
             build_root(task["readable"], task["limits"]["disk_bytes"])
         oversee(task)
-    except OSError as error:
+    except Exception as error:
         os.write(task["report"], json.dumps({"outcome": "broken", "message": str(error)}).encode())
         os._exit(1)
 
