@@ -4,9 +4,9 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_CHARACTERS = 200_000
 """Of an answer; no use reads a longer one."""
@@ -50,10 +50,10 @@ class Instruction(_Answer):
 
 
 class SolvedInstruction(_Answer):
-    """What somebody asks for, and its final answer."""
+    """What somebody asks for, and its final answer, which may come as a number."""
 
     instruction: str
-    reference: str
+    reference: Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class Instructions(_Answer):
@@ -95,6 +95,8 @@ def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
 def read_json(text: str, kind: type[A]) -> A:
     """The answer in a text: JSON as it is, in a fence, with words around it, or with commas too many.
 
+    Of a list, items that are not what they have to be are left out, as long as one is left.
+
     Args:
         text: what the model said.
         kind: what it has to be.
@@ -105,14 +107,37 @@ def read_json(text: str, kind: type[A]) -> A:
     if len(text) > MAX_CHARACTERS:
         raise UnreadableError(f"{len(text):,} characters")
     problem = "no JSON in it"
+    field = next(iter(kind.model_fields))
+    partly: A | None = None  # only where nothing is right as a whole
     for value in _values(text):
-        candidate = {next(iter(kind.model_fields)): value} if isinstance(value, list) else value
+        candidate = {field: value} if isinstance(value, list) else value
         try:
             return kind.model_validate(candidate)
         except ValidationError as error:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    raise UnreadableError(problem)
+            if partly is None and isinstance(candidate, dict):
+                partly = _without_bad_items(candidate, field, error, kind)
+    if partly is None:
+        raise UnreadableError(problem)
+    return partly
+
+
+def _without_bad_items(
+    candidate: dict[str, Any], field: str, error: ValidationError, kind: type[A]
+) -> A | None:
+    """What is left of a list when the items with errors are out; None for nothing, or where the error is another."""
+    places = {one["loc"][1] for one in error.errors() if len(one["loc"]) > 1}
+    items = candidate.get(field)
+    kept = (
+        [item for place, item in enumerate(items) if place not in places] if isinstance(items, list) else []
+    )
+    if not places or not kept:
+        return None
+    try:
+        return kind.model_validate({field: kept})
+    except ValidationError:
+        return None
 
 
 def _values(text: str) -> Iterator[Any]:

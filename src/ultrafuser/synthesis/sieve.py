@@ -5,28 +5,45 @@ instruction is taken depends on those before it alone.
 """
 
 import gzip
+import hashlib
 import itertools
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasketch import MinHash, MinHashLSH
+import numpy as np
+from datasketch import MinHash
+from numpy.typing import NDArray
 
 from ultrafuser.errors import DataError
 from ultrafuser.progress import ProgressBar
 from ultrafuser.synthesis.recipe import FilterSettings
 
+_UNSPACED = (
+    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Han
+    "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Hiragana, Katakana
+    "\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
+)
+"""Scripts that put no spaces between words."""
+_MARKS = "".join(filter(lambda one: unicodedata.category(one)[0] == "M", map(chr, range(0xE00, 0x3100))))
 _WORD = re.compile(r"\w+")
+_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_WORD_OR_CHARACTER = re.compile(rf"(?=\w)[{_UNSPACED}][{_MARKS}]*|[^\W{_UNSPACED}]+")
 _FENCED = re.compile(r"```.*?(```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
 _LEAST_WORDS_FOR_LANGUAGE = 8
 _LEAST_WORDS_FOR_WHOLE = 5
 """Of a benchmark's text that is shorter than an n-gram: it has to be repeated whole to be found."""
 _BANDS, _ROWS = 16, 4
 """Two texts whose shingles overlap by 0.7 meet in a band with probability 0.99, by 0.5 with 0.64 (and are compared)."""
+_MOST_IN_BUCKET = 250
+"""More texts than these that are equal in a band have a phrase in common, no more; the band says nothing of them."""
+_MOST_COMPARED = 50
+"""Candidates that are looked at closely: those with the likest sketches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +55,10 @@ class Finding:
 
 
 def words_of(text: str) -> list[str]:
-    """Words in small letters, without what stands between them."""
-    return _WORD.findall(text.lower())
+    """Words in small letters, without what stands between them; every character where a script has no spaces."""
+    text = text.lower()
+    is_spaced = text.isascii() or _IS_UNSPACED.search(text) is None
+    return (_WORD if is_spaced else _WORD_OR_CHARACTER).findall(text)
 
 
 class LanguageFilter:
@@ -72,7 +91,9 @@ class LanguageFilter:
 class NearDuplicates:
     """Texts that were taken, and which of them a new one is nearly the same as.
 
-    MinHash finds candidates (shingles of two words, 64 permutations in 16 bands), whose overlap is then counted.
+    MinHash finds candidates (shingles of two words, 64 permutations in 16 bands). The likest of them are compared
+    shingle by shingle. However many texts follow one pattern, the number of comparisons has a bound; and what is found
+    follows from which texts were taken, not from their order.
 
     Args:
         threshold: Jaccard similarity of shingles from which on two texts are one.
@@ -80,13 +101,15 @@ class NearDuplicates:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._pattern = MinHash(_BANDS * _ROWS, hashfunc=zlib.crc32)
-        self._index = MinHashLSH(num_perm=_BANDS * _ROWS, params=(_BANDS, _ROWS))
-        self._texts: dict[str, str] = {}
+        self._pattern = MinHash(_BANDS * _ROWS, hashfunc=int)
+        self._names: list[str] = []
+        self._shingles: list[NDArray[np.uint32]] = []
+        self._sketches = np.zeros((1024, _BANDS * _ROWS), np.uint32)  # with room for more
+        self._buckets: dict[bytes, tuple[int, ...] | None] = {}  # None for one that is too full
         self._whole: dict[bytes, str] = {}
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._names)
 
     def find(self, text: str, but: str | None = None) -> tuple[str, float] | None:
         """The text that is most like a new one, and how much: 1 for the same words.
@@ -100,10 +123,14 @@ class NearDuplicates:
         if same is not None and same != but:
             return same, 1.0
         shingles = _shingles(words)
+        if not len(shingles):
+            return None
+        sketch = self._sketch(shingles)
+        near = {number for key in _bands(sketch) for number in self._buckets.get(key) or ()}
         found = [
-            (_overlap(shingles, _shingles(words_of(self._texts[name]))), name)
-            for name in self._index.query(self._sketch(shingles))
-            if name != but
+            (_overlap(shingles, self._shingles[number]), self._names[number])
+            for number in self._likest(sketch, near)
+            if self._names[number] != but
         ]
         overlap, name = max(found, default=(0.0, ""))
         return (name, overlap) if overlap >= self._threshold else None
@@ -111,17 +138,34 @@ class NearDuplicates:
     def add(self, name: str, text: str) -> None:
         """Take a text, under a name that is new."""
         words = words_of(text)
-        self._index.insert(name, self._sketch(_shingles(words)))
-        self._texts[name] = text
         self._whole.setdefault(_digest(words), name)
+        number, shingles = len(self._names), _shingles(words)
+        sketch = self._sketch(shingles)
+        if number == len(self._sketches):
+            self._sketches = np.concatenate([self._sketches, np.zeros_like(self._sketches)])
+        self._names.append(name)
+        self._shingles.append(shingles)
+        self._sketches[number] = sketch
+        for key in _bands(sketch):
+            bucket = self._buckets.get(key, ())
+            if bucket is not None:
+                self._buckets[key] = (*bucket, number) if len(bucket) < _MOST_IN_BUCKET else None
 
-    def _sketch(self, shingles: set[bytes]) -> MinHash:
+    def _likest(self, sketch: NDArray[np.uint32], near: set[int]) -> list[int]:
+        """Those candidates whose sketches have most in common with one; all that have as much as the last of them."""
+        if len(near) <= _MOST_COMPARED:
+            return list(near)
+        numbers = np.fromiter(near, np.int64, len(near))
+        common = (self._sketches[numbers] == sketch).sum(axis=1)
+        return numbers[common >= np.partition(common, -_MOST_COMPARED)[-_MOST_COMPARED]].tolist()
+
+    def _sketch(self, shingles: NDArray[np.uint32]) -> NDArray[np.uint32]:
         pattern = self._pattern
         sketch = MinHash(
-            pattern.num_perm, hashfunc=zlib.crc32, permutations=pattern.permutations, scheme=pattern.scheme
+            pattern.num_perm, hashfunc=int, permutations=pattern.permutations, scheme=pattern.scheme
         )
         sketch.update_batch(shingles)
-        return sketch
+        return sketch.hashvalues
 
 
 class Contamination:
@@ -247,14 +291,21 @@ def _grams(words: Sequence[str], length: int) -> Iterator[int]:
 
 
 def _digest(words: Sequence[str]) -> bytes:
-    return " ".join(words).encode()
+    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
 
 
-def _shingles(words: Sequence[str]) -> set[bytes]:
-    if len(words) < 2:
-        return {word.encode() for word in words}
-    return {f"{a} {b}".encode() for a, b in itertools.pairwise(words)}
+def _shingles(words: Sequence[str]) -> NDArray[np.uint32]:
+    """Hashes of pairs of words, sorted; of a word that is alone."""
+    pairs = (f"{a} {b}" for a, b in itertools.pairwise(words)) if len(words) > 1 else words
+    return np.unique(np.array([zlib.crc32(pair.encode()) for pair in pairs], np.uint32))
 
 
-def _overlap(some: set[bytes], others: set[bytes]) -> float:
-    return len(some & others) / max(len(some | others), 1)
+def _bands(sketch: NDArray[np.uint32]) -> Iterator[bytes]:
+    """Keys of the buckets that a text is in."""
+    for band, rows in enumerate(sketch.reshape(_BANDS, _ROWS)):
+        yield bytes([band]) + rows.tobytes()
+
+
+def _overlap(some: NDArray[np.uint32], others: NDArray[np.uint32]) -> float:
+    common = len(some) + len(others) - len(np.unique(np.concatenate([some, others])))
+    return common / (len(some) + len(others) - common)

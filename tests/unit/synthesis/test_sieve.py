@@ -8,6 +8,7 @@ import random
 import pytest
 
 from ultrafuser.errors import DataError
+from ultrafuser.synthesis import sieve
 from ultrafuser.synthesis.recipe import FilterSettings
 from ultrafuser.synthesis.sieve import Contamination, LanguageFilter, NearDuplicates, Sieve, words_of
 
@@ -48,6 +49,88 @@ def test_near_duplicates_are_those_that_overlap_enough():
     assert wrong == 0
     assert found > 80
     assert missed <= 2  # of a hundred; the bands miss 1 % at the threshold itself
+
+
+def question_of(choice):
+    """One of many questions of one pattern."""
+    name, goods = choice.choice(WORDS), choice.choice(WORDS)
+    a, b, c, d = (choice.randint(2, 99) for _ in range(4))
+    return (
+        f"{name} buys {a} boxes of {goods} for {b} dollars each and sells every box for {c} dollars at the market. "
+        f"How much profit does {name} make in all when {d} boxes are damaged?"
+    )
+
+
+def test_many_texts_of_one_pattern_are_compared_with_few(monkeypatch):
+    choice, index, compared = random.Random(4), NearDuplicates(0.7), []
+    overlap_of = sieve._overlap
+    monkeypatch.setattr(sieve, "_overlap", lambda *sets: compared.append(None) or overlap_of(*sets))
+    taken, most, planted, found = {}, 0, 0, 0
+    for number in range(1200):
+        words = question_of(choice).split()
+        if number > 1000:  # one of the others, with another word
+            words = choice.choice(list(taken.values())).split()
+            words[choice.randrange(len(words))] = "perhaps"
+            planted += 1
+        text = " ".join(words)
+        compared.clear()
+        like = index.find(text)
+        most = max(most, len(compared))
+        if like is None:
+            index.add(str(number), text)
+            taken[str(number)] = text
+        else:
+            assert overlap(text, taken[like[0]]) == pytest.approx(like[1])
+            found += number > 1000
+    assert most < 100
+    assert found >= 0.99 * planted
+
+
+def test_what_is_found_does_not_depend_on_the_order_of_what_was_taken():
+    choice = random.Random(5)
+    texts = {str(number): question_of(choice) for number in range(900)}
+    forth, back = NearDuplicates(0.5), NearDuplicates(0.5)
+    for name, text in texts.items():
+        forth.add(name, text)
+    for name, text in reversed(texts.items()):
+        back.add(name, text)
+    asked = [question_of(choice) for _ in range(60)]
+    found = [forth.find(text) for text in asked]
+    assert found == [back.find(text) for text in asked]
+    assert any(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Hello, World_1: don't!", "hello world_1 don t"),
+        ("Füße café naïve 𝐱²", "füße café naïve 𝐱²"),
+        ("请用Python写一个函数,2024年。", "请 用 python 写 一 个 函 数 2024 年"),
+        ("東京タワー・です", "東 京 タ ワ ー で す"),
+        ("ภาษาไทย ๑", "ภ า ษ า ไ ท ย ๑"),
+        ("กี่", "กี่"),  # a consonant with its marks
+        ("ພາສາ", "ພ າ ສ າ"),
+        ("ភាសាខ្មែរ។", "ភា សា ខ្ មែ រ"),
+        ("မြန်မာ၊", "မြ န် မာ"),
+        ("한국어 문장", "한국어 문장"),  # has spaces
+    ],
+)
+def test_words(text, words):
+    assert words_of(text) == words.split()
+
+
+def test_scripts_without_spaces_are_sieved_like_others():
+    choice = random.Random(6)
+    signs = [chr(choice.randrange(0x4E00, 0x9FFF)) for _ in range(40)]
+    text, contamination, index = "".join(signs), Contamination(13), NearDuplicates(0.7)
+    one = Sieve(FilterSettings(languages=None))
+    assert one.take("a", text[:3]) is None
+    assert one.take("b", text[:2]).reason == "short"
+    contamination.add("bench", [text])
+    assert contamination.find("问" + text[10:23] + "答") is not None
+    assert contamination.find("问" + text[10:22] + "答") is None
+    index.add("a", text)
+    assert index.find(text[:20] + "问" + text[21:])[0] == "a"
 
 
 def test_the_same_words_are_a_duplicate_whatever_stands_between_them():

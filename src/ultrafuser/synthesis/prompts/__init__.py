@@ -1,6 +1,7 @@
 """Prompts: Jinja files, one for each stage, and one for a domain where it needs other words.
 
-`DOMAIN/STAGE.jinja` is taken before `STAGE.jinja`, and a folder of the recipe before this one.
+`DOMAIN/STAGE.jinja` is taken before `STAGE.jinja`, and a folder of the recipe before this one. A description in the
+recipe is taken before the one that a domain's files have.
 """
 
 from pathlib import Path
@@ -35,7 +36,7 @@ class Prompts:
             lstrip_blocks=True,
         )
         for name, domain in recipe.domains.items():
-            if domain.description is None and not any((folder / name).is_dir() for folder in folders):
+            if not domain.description and not any((folder / name).is_dir() for folder in folders):
                 raise RecipeError(
                     f"domains.{name} needs a description: one line on what it is about. Text, code and math have one."
                 )
