@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.progress import ProgressBar
@@ -301,7 +301,7 @@ class Pipeline:
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
         self._is_answered = True
-        self._give_up_refused(stage, finish, [one for one in self._refused if one[3] < asked_s])
+        self._give_up_refused(stage, finish, [one for one in self._refused if one.when_s < asked_s])
 
     async def _check(self, stage: Stage, call: Call) -> bool:
         """Look at an answer that has come; whether the call is over."""
@@ -322,14 +322,14 @@ class Pipeline:
         Raises:
             EndpointError: so were the last ones before it; perhaps nothing is wrong with any of them.
         """
-        self._refused.append((line, call, str(error), time.monotonic()))
+        self._refused.append(_Refused(line, call, str(error), time.monotonic()))
         if len(self._refused) >= _MOST_REFUSED:
             raise EndpointError(_refusing(self._recipe, self._refused))
 
     def _give_up_refused(self, stage: Stage, finish: "_Finish", refused: "list[_Refused]") -> None:
-        for line, call, reason, _ in refused:
-            self._give_up(stage, call, reason)
-            finish(line, call)
+        for one in refused:
+            self._give_up(stage, one.call, one.reason)
+            finish(one.line, one.call)
         self._refused = [one for one in self._refused if one not in refused]
 
     def _give_up(self, stage: Stage, call: Call, reason: str) -> None:
@@ -410,14 +410,21 @@ class _Line:
 
 
 _Finish = Callable[[_Line, Call], None]
-_Refused = tuple[_Line, Call, str, float]
-"""A call that was refused, why, and when (of the monotonic clock)."""
+
+
+class _Refused(NamedTuple):
+    """A call that was refused, why, and when (of the monotonic clock)."""
+
+    line: _Line
+    call: Call
+    reason: str
+    when_s: float
 
 
 def _refusing(recipe: SynthesisRecipe, refused: list[_Refused]) -> str:
     return (
-        f"{recipe.endpoint.base_url} refuses one request after another ({len(refused)}), at last: {refused[-1][2]}. "
-        "Mend the recipe or the server, and run the same command again; nothing is lost."
+        f"{recipe.endpoint.base_url} refuses one request after another ({len(refused)}), at last: "
+        f"{refused[-1].reason}. Mend the recipe or the server, and run the same command again; nothing is lost."
     )
 
 
