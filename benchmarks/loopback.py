@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 
@@ -14,13 +15,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_it_answers(url: str, seconds: float, explanation: Callable[[], str | None]) -> None:
+def wait_until_it_answers(
+    url: str, seconds: float, explanation: Callable[[], str | None], log: Path | None = None
+) -> None:
     """Wait for a server that is starting.
 
     Args:
         url: that it answers with status 200 once it has started.
         seconds: to wait at most.
         explanation: why it never will, if it is known by now.
+        log: that it writes.
 
     Raises:
         RuntimeError: it has ended, or does not answer in time.
@@ -35,4 +39,5 @@ def wait_until_it_answers(url: str, seconds: float, explanation: Callable[[], st
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"{url} does not answer within {seconds:.0f} s")
+    said = "" if log is None else f":\n{log.read_text(errors='replace')[-3000:]}"
+    raise RuntimeError(f"{url} does not answer within {seconds:.0f} s{said}")

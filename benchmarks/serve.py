@@ -70,12 +70,16 @@ def server(model: str, dtype: str, log: Path, options: Sequence[str]) -> Iterato
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_it_answers(
-            f"{url}/health", START_S, lambda: None if process.poll() is None else log.read_text()[-3000:]
+            f"{url}/health", START_S, lambda: None if process.poll() is None else log.read_text()[-3000:], log
         )
         yield f"{url}/v1"
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def throughput(url: str, clients: int, each: int, max_new_tokens: int) -> float:
@@ -141,7 +145,13 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     clients: Annotated[list[int], typer.Option(min=1, help="Clients at once.")] = CLIENTS,
     each: Annotated[int, typer.Option(min=1, help="Questions that a client asks in a round.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; one more comes first and does not count.")] = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="A multiple of three, so that each server comes first equally often; one more does not count.",
+        ),
+    ] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     exact: Annotated[int, typer.Option(min=0, help="Questions to compare with the native engine.")] = 0,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,

@@ -1,8 +1,9 @@
 """`ultrafuser serve` under clients that come, leave and err: nothing breaks, nothing is wrong, nothing is left behind.
 
 Many clients stream at once from a server on loopback. A third of the requests are left at a random chunk, a tenth
-are mistakes of ten kinds; all others have to be answered with the very tokens and gate weights that the same request
-got alone, before. Afterwards the server must be idle, and its memory what it was before, within five percent.
+are mistakes, each of which has to be refused with its own status; all others have to be answered with the very tokens
+and gate weights that the same request got alone, before. Afterwards the server must be idle, and its memory what it was
+before, within five percent.
 
     ultrafuser demo --no-chat -o runs/demo
     python benchmarks/soak.py runs/demo
@@ -12,10 +13,12 @@ It ends with exit code 1 if anything was found, and says what.
 
 import asyncio
 import json
+import math
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import httpx
 import psutil
@@ -44,6 +47,16 @@ Said = tuple[list[str], list[list[float]]]
 """Texts of tokens, and their gate weights."""
 
 
+class Mistake(NamedTuple):
+    """A request that has to be refused, the status, and a word of what is said about it."""
+
+    method: str
+    path: str
+    content: bytes
+    status: int
+    word: str
+
+
 @dataclass
 class Findings:
     """What clients have seen."""
@@ -60,24 +73,21 @@ def server(model: str, max_waiting: int) -> Iterator[tuple[str, psutil.Process]]
     """`ultrafuser serve` on a free port of loopback: its address and its process."""
     code = "from ultrafuser.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", model, "--name", "m", "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--max-waiting", str(max_waiting)], stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        said = ""
+    with (
+        tempfile.NamedTemporaryFile("r+") as log,  # a pipe that nobody reads would be full some day
+        subprocess.Popen([*command, "--max-waiting", str(max_waiting)], stderr=log) as process,
+    ):
         try:
-            while (match := re.search(r"a page at (http://\S+)/", said)) is None:
-                line = process.stderr.readline()
-                if not line:
-                    raise RuntimeError(f"the server ended while it started:\n{said}")
-                said += line
+            while (match := re.search(r"a page at (http://\S+)/", Path(log.name).read_text())) is None:
+                if process.poll() is not None:
+                    raise RuntimeError(f"the server ended while it started:\n{Path(log.name).read_text()}")
+                time.sleep(0.1)
             wait_until_it_answers(f"{match[1]}/health", 10, lambda: None)
             yield match[1], psutil.Process(process.pid)
         finally:
             process.terminate()
-            rest = process.stderr.read()
-            if rest:
-                print(rest, file=sys.stderr)
+            process.wait()
+            print(Path(log.name).read_text(), file=sys.stderr)
 
 
 def good_requests(count: int, seed: int) -> list[Body]:
@@ -93,25 +103,31 @@ def good_requests(count: int, seed: int) -> list[Body]:
     return bodies
 
 
-def mistakes(good: Body) -> list[tuple[str, str, bytes]]:
-    """Method, path and body of requests that have to be refused."""
+def mistakes(good: Body) -> list[Mistake]:
+    """Requests that have to be refused."""
     chat = "/v1/chat/completions"
 
-    def changed(**change: Any) -> tuple[str, str, bytes]:
-        return "POST", chat, json.dumps({**good, **change}).encode()
+    def changed(word: str, status: int = 400, **change: Any) -> Mistake:
+        return Mistake("POST", chat, json.dumps({**good, **change}).encode(), status, word)
 
     return [
-        changed(model="another"),
-        changed(temperature=-1),
-        changed(temperature="hot"),
-        changed(no_such_setting=1),
-        changed(specialist="nobody"),
-        changed(messages=[]),
-        changed(messages=[{"role": "user", "content": "x " * 50_000}]),
-        ("POST", chat, b'{"model": "m", "messages": ['),
-        ("POST", "/v1/completions", json.dumps({"model": "m", "prompt": [2**40]}).encode()),
-        ("GET", chat, b""),
-        ("POST", "/v1/nothing", b"{}"),
+        changed("another", 404, model="another"),
+        changed("temperature", temperature=-1),
+        changed("temperature", temperature="hot"),
+        changed("no_such_setting", no_such_setting=1),
+        changed("nobody", specialist="nobody"),
+        changed("messages", messages=[]),
+        changed("reads at most", messages=[{"role": "user", "content": "x " * 50_000}]),
+        Mistake("POST", chat, b'{"model": "m", "messages": [', 400, "not JSON"),
+        Mistake(
+            "POST",
+            "/v1/completions",
+            json.dumps({"model": "m", "prompt": [2**40]}).encode(),
+            400,
+            "token ids",
+        ),
+        Mistake("GET", chat, b"", 405, "Method Not Allowed"),
+        Mistake("POST", "/v1/nothing", b"{}", 404, "Not Found"),
     ]
 
 
@@ -157,13 +173,19 @@ async def one_client(
         kind = choice.random()
         try:
             if kind < ERRING:
-                method, path, content = choice.choice(mistakes(body))
-                response = await client.request(method, path, content=content)
+                mistake = choice.choice(mistakes(body))
+                headers = {"content-type": "application/json"}
+                response = await client.request(
+                    mistake.method, mistake.path, content=mistake.content, headers=headers
+                )
                 findings.statuses[response.status_code] += 1
                 findings.counts["erring"] += 1
                 message = response.json()["error"]["message"]
-                if not 400 <= response.status_code < 500 or not message:
-                    findings.problems.append(f"{method} {path} {content[:80]!r}: {response.status_code}")
+                if response.status_code != mistake.status or mistake.word not in message:
+                    findings.problems.append(
+                        f"{mistake.method} {mistake.path} {mistake.content[:80]!r}: expected {mistake.status} and "
+                        f"{mistake.word!r}, got {response.status_code} and {message!r}"
+                    )
             elif kind < ERRING + LEAVING:
                 await stream(client, body, findings, choice.randint(1, 6))
                 findings.counts["leaving"] += 1
@@ -191,11 +213,10 @@ async def soak(
         with Progress(transient=True) as progress:
             for body in progress.track(bodies, description="alone"):
                 expected.append((body, await stream(client, body, alone)))
-            findings = Findings()
             memory = []
             for name, duration_s in (("warming up", seconds / 4), ("together", seconds)):
                 task = progress.add_task(name, total=duration_s)
-                findings, start = Findings(), time.perf_counter()
+                findings, start = Findings(problems=alone.problems), time.perf_counter()
                 together = asyncio.gather(
                     *(
                         one_client(
@@ -219,7 +240,7 @@ async def soak(
                 memory.append(process.memory_info().rss)
         for body, said in expected:
             if await stream(client, body, alone) != said:
-                findings.problems.append("afterwards, alone, another response than before")
+                alone.problems.append("afterwards, alone, another response than before")
     before, after = memory
     if after > (1 + LEAK) * before:
         findings.problems.append(f"memory grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
@@ -228,7 +249,7 @@ async def soak(
         **{f"status/{status}": count for status, count in sorted(findings.statuses.items())},
         "problems": len(findings.problems),
         "tokens_per_s": findings.tokens / took_s,
-        "first_token_s/median": median(findings.first_token_s),
+        "first_token_s/median": median(findings.first_token_s) if findings.first_token_s else math.nan,
         "memory_bytes/before": before,
         "memory_bytes/after": after,
     }

@@ -284,6 +284,9 @@ def test_the_page_asks_for_the_api_key(opened, fused):
     server = Server(fused, colours=("#000000", "#ffffff"), api_key="secret")
     try:
         page = opened(server.url, settings=False)
+        page.fill("#key", "schlüssel")  # no header can hold it
+        page.press("#key", "Enter")
+        assert page.locator("#key").evaluate("field => field.validity.patternMismatch")
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
         sync_api.expect(page.locator("#ask[open]")).to_be_visible()

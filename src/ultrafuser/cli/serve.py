@@ -158,7 +158,7 @@ def serve(
         raise UltrafuserError(
             f"serve needs the package {error.name!r}: pip install 'ultrafuser[serve]'."
         ) from error
-    listening = _bind(host, port)  # before the model, which may take minutes
+    listening = _bind(host, port, ServerSettings.write_timeout_s)  # before the model, which may take minutes
     fused = open_model(model, dtype, device)
     settings = ServerSettings(
         name=shown,
@@ -190,14 +190,22 @@ def _hosts(host: str, allowed: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(name.lower() for name in (*_LOOPBACK, host, *([] if allowed is None else allowed)))
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, write_timeout_s: float) -> socket.socket:
     """A socket that has the port; who connects waits until the model is there.
+
+    Args:
+        host: to listen on.
+        port: 0 for any that is free.
+        write_timeout_s: a connection whose other end takes nothing for so long is cut, where the system can do that;
+            a server that wants to end would have to wait for it.
 
     Raises:
         UltrafuserError: the port cannot be had.
     """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections have it from the socket that takes them
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * write_timeout_s))
     try:
         bound.bind((host, port))
         bound.listen(2048)  # or another could still take it

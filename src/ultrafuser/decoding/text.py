@@ -104,22 +104,37 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     return texts
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
-    """What a token stands for, in UTF-8; of a token that is a part of a character only, the bytes that it is.
+class TokenBytes:
+    """What single tokens stand for.
 
     Args:
         tokenizer: that the specialists share.
-        token_id: of one token, special or not.
     """
-    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-    if "\ufffd" not in text:
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # A token reads as it does in the middle of a text: at the beginning, SentencePiece drops a space.
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._skipped = len(self._decode(self._before))
+
+    def of(self, token_id: int) -> bytes:
+        """The text of a token in UTF-8; of one that is a part of a character only, the bytes that it is.
+
+        Args:
+            token_id: of one token, special or not.
+        """
+        text = self._decode([*self._before, token_id])[self._skipped :]
+        if "\ufffd" not in text:
+            return text.encode()
+        written = self._tokenizer.convert_ids_to_tokens(token_id)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", written):  # how SentencePiece writes a byte
+            return bytes.fromhex(found[1])
+        if set(written) <= _BYTES.keys():
+            return bytes(_BYTES[character] for character in written)
         return text.encode()
-    written = tokenizer.convert_ids_to_tokens(token_id)
-    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", written):  # how SentencePiece writes a byte
-        return bytes.fromhex(found[1])
-    if set(written) <= _BYTES.keys():
-        return bytes(_BYTES[character] for character in written)
-    return text.encode()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}

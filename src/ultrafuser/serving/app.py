@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -45,6 +46,7 @@ from ultrafuser.serving.worker import Answer, BusyError, ClosingError, DecodingW
 _STATUS: dict[type[Exception], int] = {BusyError: 429, ClosingError: 503}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}}
 _GONE = 499  # nginx's: the client has left; nobody reads it
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ class ServerSettings:
         hosts: names under which it may be asked (a page of somebody else's could have its own name lead here); None
             for any.
         colours: of the specialists, in order, for the page at `/`, as `#rrggbb`; None for a server without a page.
-        write_timeout_s: a client that takes nothing of its response for so many seconds is left.
+        write_timeout_s: a stream is left whose client has not made room for the next piece after so many seconds, once
+            all buffers on the way are full. Its connection ends with a socket that `cli.serve` has bound.
     """
 
     name: str
@@ -113,7 +116,6 @@ def create_app(fused: FusedModel, decoder: FusedDecoder, settings: ServerSetting
     app.add_exception_handler(UltrafuserError, _mistaken)
 
     async def failed(_: Request, error: Exception) -> Response:
-        service.metrics.responded(500)  # it is sent from beyond all middleware, which would count it
         return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)
 
     app.add_exception_handler(Exception, failed)
@@ -262,11 +264,13 @@ class _Service:
             options = body.stream_options
             content = self._stream(job, options is not None and options.include_usage)
             return _Stream(content, lambda: self._end(job), self._settings.write_timeout_s)
-        collecting = asyncio.ensure_future(self._collect(job))
+        collecting = asyncio.ensure_future(self._collected(job))
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            return JSONResponse(collecting.result()) if collecting.done() else Response(status_code=_GONE)
+            if not collecting.done():
+                return Response(status_code=_GONE)
+            return Response(collecting.result(), media_type="application/json")
         finally:
             collecting.cancel()
             leaving.cancel()
@@ -319,7 +323,7 @@ class _Service:
         room += [limit for limit in (most, default) if limit is not None]
         return max(min(room, default=512), 1)
 
-    async def _parts(self, job: _Job) -> AsyncIterator[tuple[Choice, list[TokenStep]]]:
+    async def _parts(self, job: _Job) -> AsyncGenerator[tuple[Choice, list[TokenStep]]]:
         """Tokens of all choices as they come."""
         parts: asyncio.Queue[tuple[Choice, list[TokenStep]] | Exception | None] = asyncio.Queue()
 
@@ -350,26 +354,28 @@ class _Service:
             for task in pumps:
                 task.cancel()
 
-    async def _collect(self, job: _Job) -> dict[str, Any]:
+    async def _collected(self, job: _Job) -> bytes:
         """The whole response."""
         steps: dict[int, list[TokenStep]] = {index: [] for index in range(len(job.choices))}
-        async for choice, some in self._parts(job):
-            steps[job.choices.index(choice)] += some
+        async with contextlib.aclosing(self._parts(job)) as parts:
+            async for choice, some in parts:
+                steps[job.choices.index(choice)] += some
 
-        def write() -> dict[str, Any]:
+        def write() -> bytes:
             choices = [choice.part(steps[index], is_delta=False) for index, choice in enumerate(job.choices)]
-            return {**job.head, "choices": choices, "usage": usage(job.prompt_tokens, job.choices)}
+            return _json({**job.head, "choices": choices, "usage": usage(job.prompt_tokens, job.choices)})
 
         return await asyncio.to_thread(write)  # log-probabilities of many choices are a lot of text
 
-    async def _stream(self, job: _Job, include_usage: bool) -> AsyncIterator[bytes]:
+    async def _stream(self, job: _Job, include_usage: bool) -> AsyncGenerator[bytes]:
         """The response in pieces, as server-sent events."""
         suffix = ".chunk" if job.head["object"] == "chat.completion" else ""
         head = {**job.head, "object": job.head["object"] + suffix}
         rest = {"usage": None} if include_usage else {}
         try:
-            async for choice, steps in self._parts(job):
-                yield _event({**head, "choices": [choice.part(steps, is_delta=True)], **rest})
+            async with contextlib.aclosing(self._parts(job)) as parts:
+                async for choice, steps in parts:
+                    yield _event({**head, "choices": [choice.part(steps, is_delta=True)], **rest})
             for choice in job.choices:
                 if not choice.steps:  # no token was allowed
                     yield _event({**head, "choices": [choice.part([], is_delta=True)], **rest})
@@ -390,9 +396,10 @@ class _Stream(StreamingResponse):
     """
 
     def __init__(
-        self, content: AsyncIterator[bytes], end: Callable[[], None], write_timeout_s: float
+        self, content: AsyncGenerator[bytes], end: Callable[[], None], write_timeout_s: float
     ) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._content = content
         self._end, self._write_timeout_s = end, write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -402,10 +409,13 @@ class _Stream(StreamingResponse):
 
         try:
             await super().__call__(scope, receive, send_in_time)
-        except (TimeoutError, ClientDisconnect):
-            return  # the server closes the connection, since the response is not complete
+        except TimeoutError:
+            _log.warning("a client has taken nothing for %g s: its stream is ended", self._write_timeout_s)
+        except ClientDisconnect:
+            pass
         finally:
             self._end()
+            await self._content.aclose()  # left to the garbage collector, its tasks would outlive it
 
 
 class _Guard:
@@ -438,12 +448,21 @@ class _Guard:
                 raise HTTPException(413, f"A request may have at most {self._max:,} bytes.")
             return message
 
+        has_begun = False
+
         async def counted_send(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 self._metrics.responded(message["status"])
             await send(message)
 
-        await self._app(scope, counted_receive, counted_send)
+        try:
+            await self._app(scope, counted_receive, counted_send)
+        except Exception:
+            if not has_begun:  # what is said then comes from beyond all middleware
+                self._metrics.responded(500)
+            raise
 
 
 async def _disconnected(request: Request) -> None:
@@ -451,13 +470,20 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + _json(content) + b"\n\n"
 
 
 async def _malformed(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        message = f"not JSON: {first['ctx']['error']} (character {first['loc'][-1]})"
+        return JSONResponse(error_body(message, "invalid_request_error"), 400)
     # Where several types are allowed, the path names the one that complains.
     place = ".".join(str(part) for part in first["loc"] if part != "body" and "[" not in str(part))
     message = f"{place}: {first['msg']}" if place else first["msg"]

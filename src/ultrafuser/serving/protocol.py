@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ultrafuser.decoding.engine import TokenStep
 from ultrafuser.decoding.sampling import SamplingParams
-from ultrafuser.decoding.text import TextStream, token_bytes
+from ultrafuser.decoding.text import TextStream, TokenBytes
 
 FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> OpenAI's."""
@@ -32,7 +32,21 @@ def _whole(text: str) -> str:
 
 
 class _Strict(BaseModel):
+    """Takes what it knows and nothing else, and is soon done with what is wrong: only the first mistake is told.
+
+    Half a million of them fit into a request, and while they are counted nobody else is served. Hence `fail_fast` for
+    all lists, too.
+    """
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_is_enough(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        unknown = [key for key in values if key not in cls.model_fields]
+        return {key: values[key] for key in values if key in cls.model_fields or key == unknown[0]}
 
 
 class TextPart(_Strict):
@@ -46,7 +60,7 @@ class Message(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(default=None, description="not read")
     # A message as it came from an endpoint; what is in these, if anything, could not be read here.
     refusal: None = None
@@ -93,14 +107,14 @@ class _Request(_Strict):
     n: int = Field(default=1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     user: str | None = Field(default=None, description="not read")
-    metadata: dict[str, str] | None = Field(default=None, description="not read")
+    metadata: dict[str, Any] | None = Field(default=None, description="not read")
     store: bool | None = Field(default=None, description="nothing is kept")
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     top_k: int = Field(default=0, ge=0, description="not OpenAI's: sample among so many; 0 among all")
     min_p: float = Field(default=0.0, ge=0, le=1, description="not OpenAI's: see `SamplingParams`")
     repetition_penalty: float = Field(default=1.0, gt=0, description="not OpenAI's: see `SamplingParams`")
@@ -151,7 +165,7 @@ class ChatRequest(_Request):
     default_limit: ClassVar[int | None] = None
     """Tokens at most if the request does not say; None for as many as there is room for."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(default=None, ge=0)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool = False
@@ -175,9 +189,12 @@ class CompletionRequest(_Request):
     default_limit: ClassVar[int | None] = 16
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=128)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=128)]
+        | Annotated[list[Text], Field(min_length=1, max_length=128, fail_fast=True)]
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[int], Field(fail_fast=True)]],
+            Field(min_length=1, max_length=128, fail_fast=True),
+        ]
     )
     max_tokens: int | None = Field(
         default=None, ge=0, description="16, or what there is room for, if not given"
@@ -304,8 +321,8 @@ class Choice:
     ) -> None:
         self.steps: list[TokenStep] = []
         self._index, self._chat, self._specialists = index, chat, list(specialists)
-        self._tokenizer = tokenizer
         self._texts = TextStream(tokenizer, skip_special_tokens=False)
+        self._bytes = TokenBytes(tokenizer)
 
     def part(self, steps: Sequence[TokenStep], is_delta: bool) -> dict[str, Any]:
         """The choice with some of its tokens: the newest, in a chunk of a stream, or all.
@@ -347,10 +364,13 @@ class Choice:
             offsets.append(offset)
             offset += len(step.text)
         return {
-            "tokens": [self._text(step.token_id) for step in steps],
+            "tokens": [_written(self._bytes.of(step.token_id)) for step in steps],
             "token_logprobs": [step.logprob for step in steps],
             # Of tokens with the same text the likeliest stays, which comes first.
-            "top_logprobs": [{self._text(t): v for t, v in reversed(step.alternatives)} for step in steps],
+            "top_logprobs": [
+                {_written(self._bytes.of(token)): value for token, value in reversed(step.alternatives)}
+                for step in steps
+            ],
             "text_offset": offsets,
         }
 
@@ -360,18 +380,16 @@ class Choice:
         return {**self._named(step.token_id, step.logprob), "top_logprobs": best}
 
     def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._text(token_id), "logprob": logprob, "bytes": list(self._bytes(token_id))}
+        content = self._bytes.of(token_id)
+        return {"token": _written(content), "logprob": logprob, "bytes": list(content)}
 
-    def _bytes(self, token_id: int) -> bytes:
-        return token_bytes(self._tokenizer, token_id)
 
-    def _text(self, token_id: int) -> str:
-        """Of a part of a character, as OpenAI writes it: `bytes:` and what it is made of."""
-        content = self._bytes(token_id)
-        try:
-            return content.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+def _written(content: bytes) -> str:
+    """The text of a token; of a part of a character, as OpenAI writes it: `bytes:` and what it is made of."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:

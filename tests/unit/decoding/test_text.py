@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from ultrafuser.decoding.text import StoppedText, TextStream, token_bytes, token_texts
+from ultrafuser.decoding.text import StoppedText, TextStream, TokenBytes, token_texts
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -65,19 +65,22 @@ def test_texts_of_tokens_make_up_the_text(tokenizer, text):
 
 @given(text=st.text(max_size=40))
 def test_bytes_of_tokens_make_up_those_of_the_text(tokenizer, text):
-    content = b"".join(token_bytes(tokenizer, token_id) for token_id in ids_of(tokenizer, text))
-    assert content == text.encode()
+    bytes_of = TokenBytes(tokenizer).of
+    assert b"".join(bytes_of(token_id) for token_id in ids_of(tokenizer, text)) == text.encode()
 
 
 def test_bytes_of_special_tokens_and_of_those_that_sentencepiece_falls_back_to(tokenizer):
-    assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>")) == b"<|im_end|>"
-    pieces = tokenizers.models.BPE({"<unk>": 0, "<0xC3>": 1, "<0xA9>": 2, "a": 3}, [], byte_fallback=True)
+    bytes_of = TokenBytes(tokenizer).of
+    assert bytes_of(tokenizer.convert_tokens_to_ids("<|im_end|>")) == b"<|im_end|>"
+    names = ["<unk>", "<0xC3>", "<0xA9>", "a", "\u2581", "\u2581cat", "cat"]
+    pieces = tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
     falling_back = tokenizers.Tokenizer(pieces)
-    falling_back.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    replace, strip = tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Strip(" ", 1, 0)
+    falling_back.decoder = tokenizers.decoders.Sequence(  # as Llama 2 has it
+        [replace, tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), strip]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=falling_back)
-    assert [token_bytes(fast, token_id) for token_id in (1, 2, 3)] == [b"\xc3", b"\xa9", b"a"]
+    bytes_of = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=falling_back)).of
+    assert [bytes_of(i) for i in range(1, 7)] == [b"\xc3", b"\xa9", b"a", b" ", b" cat", b"cat"]
 
 
 def test_no_token_has_no_text(tokenizer):
