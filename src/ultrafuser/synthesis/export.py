@@ -115,6 +115,7 @@ def export(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     samples = {domain: _samples(tools, domain) for domain in tools.recipe.domains}
     _write_text(folder / "review.html", environment.get_template("review.html").render(domains=samples))
@@ -246,6 +247,7 @@ def _mean_tokens(tools: Tools, domain: str, embedder: Embedder) -> float:
 def _plot(tools: Tools, path: Path, embedder: Embedder | None) -> None:
     """Instructions of all domains on a plane by t-SNE: as a model sees them, or by their words, the rare ones first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -284,7 +286,9 @@ def _plot(tools: Tools, path: Path, embedder: Embedder | None) -> None:
             label=domain,
             linewidths=0,
         )
-    axes.legend(markerscale=4, frameon=False)
+    for handle in axes.legend(frameon=False).legend_handles:
+        assert isinstance(handle, PathCollection)
+        handle.set_sizes([40])  # whatever the size of the points
     axes.set_axis_off()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
