@@ -1,9 +1,10 @@
 """Servers on this machine that benchmarks ask."""
 
 import socket
+import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -16,23 +17,24 @@ def free_port() -> int:
 
 
 def wait_until_it_answers(
-    url: str, seconds: float, explanation: Callable[[], str | None], log: Path | None = None
+    url: str, seconds: float, process: subprocess.Popen[Any], log: Path | None = None
 ) -> None:
     """Wait for a server that is starting.
 
     Args:
         url: that it answers with status 200 once it has started.
         seconds: to wait at most.
-        explanation: why it never will, if it is known by now.
+        process: that it runs in.
         log: that it writes.
 
     Raises:
         RuntimeError: it has ended, or does not answer in time.
     """
-    end = time.monotonic() + seconds
+    end, problem = time.monotonic() + seconds, f"does not answer within {seconds:.0f} s"
     while time.monotonic() < end:
-        if (problem := explanation()) is not None:
-            raise RuntimeError(f"the server ended while it started:\n{problem}")
+        if process.poll() is not None:
+            problem = f"has ended while it started, with exit code {process.returncode}"
+            break
         try:
             if httpx.get(url, timeout=5).status_code == 200:
                 return
@@ -40,4 +42,4 @@ def wait_until_it_answers(
             pass
         time.sleep(0.1)
     said = "" if log is None else f":\n{log.read_text(errors='replace')[-3000:]}"
-    raise RuntimeError(f"{url} does not answer within {seconds:.0f} s{said}")
+    raise RuntimeError(f"{url} {problem}{said}")

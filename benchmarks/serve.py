@@ -69,9 +69,7 @@ def server(model: str, dtype: str, log: Path, options: Sequence[str]) -> Iterato
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_it_answers(
-            f"{url}/health", START_S, lambda: None if process.poll() is None else log.read_text()[-3000:], log
-        )
+        wait_until_it_answers(f"{url}/health", START_S, process, log)
         yield f"{url}/v1"
     finally:
         process.terminate()

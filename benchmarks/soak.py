@@ -32,7 +32,7 @@ import httpx
 import psutil
 import typer
 from conversations import first_questions
-from loopback import wait_until_it_answers
+from loopback import free_port, wait_until_it_answers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -41,6 +41,8 @@ from ultrafuser.cli.report import provenance, write_metrics
 
 LEAVING, ERRING = 1 / 3, 1 / 10
 LEAK = 0.05
+START_S = 600.0
+"""Seconds that the server may take to start."""
 
 Body = dict[str, Any]
 Said = tuple[list[str], list[list[float]]]
@@ -72,22 +74,21 @@ class Findings:
 def server(model: str, max_waiting: int) -> Iterator[tuple[str, psutil.Process]]:
     """`ultrafuser serve` on a free port of loopback: its address and its process."""
     code = "from ultrafuser.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", model, "--name", "m", "--port", "0"]
+    command = [sys.executable, "-c", code, "serve", model, "--name", "m", "--max-waiting", str(max_waiting)]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     with (
-        tempfile.NamedTemporaryFile("r+") as log,  # a pipe that nobody reads would be full some day
-        subprocess.Popen([*command, "--max-waiting", str(max_waiting)], stderr=log) as process,
+        tempfile.NamedTemporaryFile() as file,  # a pipe that nobody reads would be full some day
+        subprocess.Popen([*command, "--port", str(port)], stderr=file) as process,
     ):
+        log = Path(file.name)
         try:
-            while (match := re.search(r"a page at (http://\S+)/", Path(log.name).read_text())) is None:
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended while it started:\n{Path(log.name).read_text()}")
-                time.sleep(0.1)
-            wait_until_it_answers(f"{match[1]}/health", 10, lambda: None)
-            yield match[1], psutil.Process(process.pid)
+            wait_until_it_answers(f"{url}/health", START_S, process, log)
+            yield url, psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait()
-            print(Path(log.name).read_text(), file=sys.stderr)
+            print(log.read_text(), end="", file=sys.stderr)
 
 
 def good_requests(count: int, seed: int) -> list[Body]:
@@ -207,7 +208,7 @@ async def soak(
     """All of it: alone first, then together twice, the first time to fill what the server keeps; the metrics."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        alone = Findings()
+        alone = Findings()  # what is wrong is kept there, whenever it was
         bodies = good_requests(requests, seed)
         expected = []
         with Progress(transient=True) as progress:

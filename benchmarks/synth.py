@@ -54,7 +54,7 @@ def server(latency_s: float, faults: float = 0.0) -> Iterator[str]:
         [*command, str(port), str(faults), str(latency_s)], stdout=subprocess.PIPE
     ) as process:
         try:
-            wait_until_it_answers(f"http://127.0.0.1:{port}/asked", 30, lambda: None)
+            wait_until_it_answers(f"http://127.0.0.1:{port}/asked", 30, process)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.kill()

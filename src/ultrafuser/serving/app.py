@@ -63,8 +63,8 @@ class ServerSettings:
         hosts: names under which it may be asked (a page of somebody else's could have its own name lead here); None
             for any.
         colours: of the specialists, in order, for the page at `/`, as `#rrggbb`; None for a server without a page.
-        write_timeout_s: a stream is left whose client has not made room for the next piece after so many seconds, once
-            all buffers on the way are full. Its connection ends with a socket that `cli.serve` has bound.
+        write_timeout_s: a stream ends whose client has taken nothing for so many seconds, once all buffers on the way
+            are full. Its connection ends where the listening socket says so, as that of `ultrafuser serve` does.
     """
 
     name: str

@@ -139,9 +139,8 @@ class DecodingWorker:
         self._undecided.add(accepted)
         self._inbox.put(lambda: self._accept(answers, accepted, wanted))
         try:
-            if (
-                self._closing or not self.is_alive
-            ):  # if it ends from here on, it finds the request among the undecided
+            # If decoding ends from here on, it finds the request among the undecided.
+            if self._closing or not self.is_alive:
                 raise ClosingError("decoding has stopped. Start the server again.")
             await asyncio.wrap_future(accepted)
         except BaseException:
