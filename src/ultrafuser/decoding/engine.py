@@ -246,12 +246,12 @@ class FusedDecoder:
                 chosen += self._advance(known)
             if len(known) < len(self._active):
                 chosen += self._read_prompts(len(known))
+            return [emitted for found in chosen for emitted in self._say(found)]
         except BaseException:
             for conversation in self._active:
                 self._queues.pop(conversation.request_id, None)
             self._active.clear()
             raise
-        return [emitted for found in chosen for emitted in self._say(found)]
 
     def stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, only: str | None = None
@@ -290,7 +290,9 @@ class FusedDecoder:
                     return
                 self._step_for_queues(responses)
                 for request_id, (index, tokens) in list(responses.items()):
-                    queue = self._queues[request_id]
+                    queue = self._queues.get(request_id)
+                    if queue is None:
+                        continue  # dropped while a response was taken: the next step says so
                     tokens += queue
                     queue.clear()
                     if tokens and tokens[-1].finish is not None:
@@ -474,6 +476,7 @@ class FusedDecoder:
             finish = self._finish(conversation)
             if finish is not None:
                 text += conversation.text.flush()
+                finish = self._finish(conversation)  # what was held back may be the rest of a stop text
                 self._leave(conversation)
             logprob, alternatives = _log_probabilities(row, token, params.logprobs)
             yield (
@@ -484,10 +487,10 @@ class FusedDecoder:
                 return
 
     def _finish(self, conversation: Conversation) -> FinishReason | None:
-        if conversation.response[-1] == self._model.config.end_token_id:
-            return "end"
         if conversation.text.stopped:
             return "stop"
+        if conversation.response[-1] == self._model.config.end_token_id:
+            return "end"
         return "length" if conversation.tokens_left == 0 else None
 
     def _leave(self, conversation: Conversation) -> None:

@@ -34,8 +34,8 @@ class SamplingParams:
         min_p: leave out tokens less likely than this share of the likeliest one's probability; 0 leaves out none.
         repetition_penalty: divides (or, below zero, multiplies) the logits of tokens that the first specialist's prompt
             or the response already holds; 1 changes nothing. Greedy decoding heeds it, too.
-        seed: of the draws: the same seed gives the same response, unless the engine speculates, which uses up as many
-            random numbers as it drafts tokens.
+        seed: of the draws: the same seed gives the same response, unless the engine speculates: then it depends on how
+            much was drafted, too, which follows the clock.
         stop: texts that end the response when they appear in it; they and what follows are not part of it.
         logprobs: None, or the number of likeliest alternatives whose log-probabilities come with every token (0: only
             the token's own). They are the fused model's own, before any setting here.

@@ -41,7 +41,9 @@ class TextStream:
         return self._decode(self._ids[self._start :])[len(before) :]
 
     def _hand_out(self, text: str) -> str:
-        self._start, self._done = self._done, len(self._ids)
+        if text:  # a window of tokens without text would read as the beginning, where a space is dropped
+            self._start = self._done
+        self._done = len(self._ids)
         return text
 
     def _decode(self, ids: list[int]) -> str:

@@ -15,6 +15,7 @@ from ultrafuser.decoding.engine import FusedDecoder
 from ultrafuser.decoding.reference import reference_tokens
 from ultrafuser.decoding.sampling import SamplingParams
 from ultrafuser.decoding.speculation import DraftLength, SpeculationParams
+from ultrafuser.decoding.text import StoppedText
 from ultrafuser.errors import ConversationTooLongError, UltrafuserError
 from ultrafuser.modeling.specialists import AdapterSpecialists, WholeSpecialists
 
@@ -267,6 +268,64 @@ def test_a_reader_hears_of_a_step_that_failed_for_another(model, tokenizer, monk
     with pytest.raises(UltrafuserError, match="dropped when a step failed for another reader"):
         list(second)
     assert (decoder.num_active, decoder.num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("speculation", [None, SpeculationParams()])
+def test_a_token_that_cannot_be_said_leaves_no_conversation_behind(
+    model, tokenizer, monkeypatch, speculation
+):
+    """Caches are ahead of the responses then: who stayed would go on with wrong tokens."""
+    decoder = FusedDecoder(model, tokenizer, max_batch=2, speculation=speculation)
+    for _ in range(2):
+        decoder.submit(PROMPTS, PARAMS)
+    decoder.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(StoppedText, "push", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            decoder.step()
+    assert (decoder.num_active, decoder.num_waiting) == (0, 0)
+    expected = reference_tokens(model, PROMPTS, PARAMS)
+    assert [step.token_id for step in decoder.stream(PROMPTS, PARAMS)] == expected
+
+
+def test_a_batch_hears_of_a_step_that_failed_while_it_handed_out_a_response(model, tokenizer, monkeypatch):
+    decoder = FusedDecoder(model, tokenizer)
+    batch = decoder.respond([(PROMPTS, replace(PARAMS, max_new_tokens=n)) for n in (3, 6)])
+    next(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder._backbones[-1], "read", lambda *_: (_ for _ in ()).throw(MemoryError("none")))
+        with pytest.raises(MemoryError):
+            list(decoder.stream(PROMPTS, PARAMS))
+    with pytest.raises(UltrafuserError, match="dropped when a step failed for another reader"):
+        list(batch)
+
+
+def test_a_stop_text_that_only_the_end_completes_is_the_reason(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.config, "end_token_id", -1)
+    smile = tokenizer("\U0001f642", add_special_tokens=False)["input_ids"]
+    decoder = FusedDecoder(model, tokenizer)
+    said = iter(smile[:2])
+    advance, read = decoder._advance, decoder._read_prompts
+    monkeypatch.setattr(decoder, "_advance", lambda c: [f._replace(tokens=[next(said)]) for f in advance(c)])
+    monkeypatch.setattr(
+        decoder, "_read_prompts", lambda n: [f._replace(tokens=[next(said)]) for f in read(n)]
+    )
+    steps = list(decoder.stream(PROMPTS, replace(PARAMS, max_new_tokens=2, stop=("\ufffd",))))
+    assert ["".join(step.text for step in steps), steps[-1].finish] == ["", "stop"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}], ids=str)
+def test_a_draft_model_that_is_the_fused_model_is_always_right(tokenizer, monkeypatch, settings):
+    """As long as it has read just what was said, whoever came and went."""
+    alone = tiny_model(seed=1)
+    model = fused_over(WholeSpecialists({"a": alone}))
+    monkeypatch.setattr(model.config, "end_token_id", -1)
+    monkeypatch.setattr(DraftLength, "best", lambda self, num_conversations, rates: 4)
+    decoder = FusedDecoder(model, tokenizer, max_batch=3, speculation=SpeculationParams(), draft_model=alone)
+    asked = [([[5 + n] * (n + 1)], replace(PARAMS, max_new_tokens=7 + 3 * n, **settings)) for n in range(7)]
+    responses = dict(decoder.respond(asked))
+    assert [len(responses[n]) for n in range(7)] == [7 + 3 * n for n in range(7)]
+    assert decoder.stats.accepted == decoder.stats.drafted > 50
 
 
 def test_a_conversation_may_leave_as_another_joins_that_the_draft_model_has_not_read(model, tokenizer):

@@ -13,6 +13,17 @@ def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def like_sentencepiece(*names: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that decodes as Llama 2's: pieces with their spaces, bytes, no space at the beginning."""
+    model = tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    replace, strip = tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Strip(" ", 1, 0)
+    made.decoder = tokenizers.decoders.Sequence(
+        [replace, tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), strip]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+
+
 def pieces(tokenizer, text: str, stop: tuple[str, ...]) -> tuple[list[str], bool]:
     """What every token adds, then what the end adds; and whether a stop text was met."""
     stream = StoppedText(tokenizer, stop)
@@ -55,6 +66,15 @@ def test_special_tokens_are_no_text(tokenizer):
     assert "".join(token_texts(tokenizer, ids)) == "Hi<|im_end|>"
 
 
+@pytest.mark.parametrize("ids", [[1, 0, 2, 1], [0, 2, 2], [1, 0, 0, 2, 0, 2]], ids=str)
+def test_a_special_token_takes_no_space_with_it(ids):
+    tokenizer = like_sentencepiece("<s>", "\u2581Hello", "\u2581world")
+    stream = TextStream(tokenizer)
+    text = "".join(map(stream.push, ids)) + stream.flush()
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert " world" in text or ids[0] == 0
+
+
 @given(text=st.text(max_size=40))
 def test_texts_of_tokens_make_up_the_text(tokenizer, text):
     ids = ids_of(tokenizer, text)
@@ -72,14 +92,7 @@ def test_bytes_of_tokens_make_up_those_of_the_text(tokenizer, text):
 def test_bytes_of_special_tokens_and_of_those_that_sentencepiece_falls_back_to(tokenizer):
     bytes_of = TokenBytes(tokenizer).of
     assert bytes_of(tokenizer.convert_tokens_to_ids("<|im_end|>")) == b"<|im_end|>"
-    names = ["<unk>", "<0xC3>", "<0xA9>", "a", "\u2581", "\u2581cat", "cat"]
-    pieces = tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
-    falling_back = tokenizers.Tokenizer(pieces)
-    replace, strip = tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Strip(" ", 1, 0)
-    falling_back.decoder = tokenizers.decoders.Sequence(  # as Llama 2 has it
-        [replace, tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), strip]
-    )
-    bytes_of = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=falling_back)).of
+    bytes_of = TokenBytes(like_sentencepiece("<s>", "<0xC3>", "<0xA9>", "a", "\u2581", "\u2581cat", "cat")).of
     assert [bytes_of(i) for i in range(1, 7)] == [b"\xc3", b"\xa9", b"a", b" ", b" cat", b"cat"]
 
 
