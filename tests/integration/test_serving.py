@@ -1,6 +1,7 @@
 """The native server as its clients see it: a real one on loopback, over a tiny random model."""
 
 import asyncio
+import gc
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from conftest import fused_over, save_model, tiny_model
 from pydantic import ValidationError
@@ -474,6 +476,38 @@ def test_many_clients_get_what_each_gets_alone(server, fused):
         steps, text = expected(fused, 5 + seed, temperature=0.9, seed=seed)
         assert response.choices[0].message.content == text
         assert response.usage.completion_tokens == len(steps)
+
+
+def test_requests_leave_nothing_behind(fused):
+    """Whether they were answered, left or refused: objects and tensors are counted, which no allocator blurs."""
+    server = Server(fused)
+    messages = {"model": "tiny", "messages": QUESTION, "max_tokens": 20}
+
+    def one_round():
+        for seed in range(6):
+            assert httpx.post(f"{server.url}/v1/chat/completions", json={**messages, "seed": seed}).is_success
+            body = {**messages, "stream": True, "seed": seed}
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+            refused = httpx.post(f"{server.url}/v1/chat/completions", json={**messages, "temperature": -1})
+            assert refused.status_code == 400
+
+    def count():
+        while server.decoder.num_active:
+            time.sleep(0.01)
+        time.sleep(0.2)  # connections end a little later than their responses
+        gc.collect()
+        objects = gc.get_objects()
+        return len(objects), sum(issubclass(type(one), torch.Tensor) for one in objects)
+
+    one_round()
+    objects, tensors = count()
+    for _ in range(5):
+        one_round()
+    more_objects, more_tensors = count()
+    server.stop()
+    assert more_tensors <= tensors
+    assert more_objects - objects < 90  # requests were made since
 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(fused):

@@ -8,7 +8,7 @@ how many tokens to draft; running models is the engine's.
 
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -161,18 +161,20 @@ class DraftLength:
 
     _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     _FIRST_ROWS = 4  # of a pass, before more are tried; then twice as many as were, or the next length
-    _TRIED_AGAIN_AFTER = 64  # plain steps; then what drafting cost is forgotten
+    _TRIED_AGAIN_AFTER = 64  # plain steps: what drafting cost is forgotten; any steps: what one draft cost
     _REMEMBERED = 3  # times of each kind of step
     _LOSS = 0.02  # of all time, that drafting may lose
     _MOST_SAVED = 1.0  # plain steps; what drafting has saved beyond cannot be lost again later
-    _MEASURED_AFTER = 24  # steps with drafts: then what a plain one takes by now
+    _MEASURED_AFTER = 24  # steps with drafts: then a plain one is timed; sooner, as long as few were
     _LEAST_GAIN = 1.1  # expected of drafting, since times of steps vary by as much
 
     def __init__(self, guess: Callable[[int], float], bonus: bool, max_draft: int) -> None:
         self._guess, self._bonus = guess, bonus
         self._lengths = [length for length in self._LENGTHS if length < max_draft] + [max_draft]
         self._seconds: dict[tuple[int, int], deque[float]] = {}
-        self._plain_in_a_row = self._drafted_in_a_row = 0
+        self._last_seen: dict[tuple[int, int], int] = {}  # in which step
+        self._num_steps = self._plain_in_a_row = 0
+        self._drafted_in_a_row: Counter[int] = Counter()  # by conversations in them
         self._lost_s = 0.0
         self._unsettled: list[tuple[int, float]] = []  # (tokens, seconds) since the last plain step
         self._unsettled_of = 0  # conversations in each of them
@@ -187,24 +189,37 @@ class DraftLength:
             seconds: that it took.
         """
         self._plain_in_a_row = 0 if num_drafted else self._plain_in_a_row + 1
-        self._drafted_in_a_row = self._drafted_in_a_row + 1 if num_drafted else 0
+        self._drafted_in_a_row[num_conversations] += 1
+        if not num_drafted:
+            self._drafted_in_a_row[num_conversations] = 0
         if self._plain_in_a_row > self._TRIED_AGAIN_AFTER:
             self._plain_in_a_row = 0
             self._seconds = {key: seen for key, seen in self._seconds.items() if key[1] == 0}
         if num_conversations != self._unsettled_of:
             self._settle()
             self._unsettled_of = num_conversations
-        self._seconds.setdefault((num_conversations, num_drafted), deque(maxlen=self._REMEMBERED)).append(
-            seconds
-        )
+        kind = num_conversations, num_drafted
+        self._seconds.setdefault(kind, deque(maxlen=self._REMEMBERED)).append(seconds)
+        self._num_steps += 1
+        self._last_seen[kind] = self._num_steps
+        self._forget()
         self._lost_s -= self._LOSS * seconds
+        if (num_conversations, 0) in self._seconds:
+            self._lost_s = max(self._lost_s, -self._MOST_SAVED * self._plain_s(num_conversations))
         if num_drafted:
             self._unsettled.append((num_tokens, seconds))
         elif (
             self._plain_in_a_row >= self._REMEMBERED
-            or self._account_s() <= self._median_s(num_conversations, 0) / 2
+            or self._account_s() <= self._plain_s(num_conversations) / 2
         ):
             self._settle()
+
+    def _forget(self) -> None:
+        """Do not believe for ever in one or two times of a draft, which a hiccup may have made long."""
+        before = self._num_steps - self._TRIED_AGAIN_AFTER
+        for kind, seen in list(self._seconds.items()):
+            if kind[1] and len(seen) < self._REMEMBERED and self._last_seen[kind] < before:
+                del self._seconds[kind]
 
     def _settle(self) -> None:
         """Charge steps with drafts with what they took beyond plain ones for as many tokens."""
@@ -215,7 +230,7 @@ class DraftLength:
         """What drafting has lost as far as is known by now; what it has saved, if that is negative."""
         if not self._unsettled or (self._unsettled_of, 0) not in self._seconds:
             return self._lost_s
-        plain_s = self._median_s(self._unsettled_of, 0)
+        plain_s = self._plain_s(self._unsettled_of)
         taken_s = sum(seconds for _, seconds in self._unsettled)
         saved_s = sum(num_tokens for num_tokens, _ in self._unsettled) * plain_s / self._unsettled_of
         return max(self._lost_s + taken_s - saved_s, -self._MOST_SAVED * plain_s)
@@ -227,11 +242,12 @@ class DraftLength:
             num_conversations: in the step.
             rates: of acceptance, for those conversations that have a draft.
         """
-        if (num_conversations, 0) not in self._seconds or self._drafted_in_a_row >= self._MEASURED_AFTER:
-            return (
-                0  # what others cost is measured against plain steps, the first of all and one now and then
-            )
-        plain_s = self._median_s(num_conversations, 0)
+        # What others cost is measured against plain steps, the first of all and one now and then.
+        num_known = len(self._seconds.get((num_conversations, 0), ()))
+        most = self._MEASURED_AFTER if num_known >= self._REMEMBERED else num_known
+        if self._drafted_in_a_row[num_conversations] >= most:
+            return 0
+        plain_s = self._plain_s(num_conversations)
         if self._account_s() > plain_s / 2:
             return 0  # the plain steps that follow tell whether that was drafting's fault
         without = num_conversations - len(rates)
@@ -246,6 +262,11 @@ class DraftLength:
         num_tried = sum(length <= longest for length in self._lengths)
         best = max(self._lengths[: max(num_allowed, num_tried + 1)], key=tokens_per_s)
         return best if tokens_per_s(best) > self._LEAST_GAIN * num_conversations / plain_s else 0
+
+    def _plain_s(self, num_conversations: int) -> float:
+        """Time of a plain step; of few the shortest, since the first may have been slow for any reason."""
+        seen = self._seconds[num_conversations, 0]
+        return min(seen) if len(seen) < self._REMEMBERED else statistics.median(seen)
 
     def _median_s(self, num_conversations: int, num_drafted: int) -> float:
         return statistics.median(self._seconds[num_conversations, num_drafted])
@@ -264,9 +285,9 @@ class DraftLength:
                     abs(math.log(key[1] / num_drafted)),
                 ),
             )
-            ratio = self._median_s(number, drafted) / self._median_s(number, 0)
+            ratio = self._median_s(number, drafted) / self._plain_s(number)
             added *= max(ratio - 1, 0.0) / max(self._guess(drafted) - 1, 0.05)
-        return self._median_s(num_conversations, 0) * (1 + added)
+        return self._plain_s(num_conversations) * (1 + added)
 
 
 class Acceptance:
