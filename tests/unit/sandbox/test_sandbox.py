@@ -106,6 +106,60 @@ def test_it_may_have_children_and_threads(sandbox):
             "print(resource.getrlimit(resource.RLIMIT_NOFILE))",
             "(32, 32)\n",
         ),
+        (
+            "import multiprocessing\nwith multiprocessing.Pool() as pool: print(pool.map(abs, (-1, -2)))",
+            "[1, 2]\n",
+        ),
+        (
+            "from concurrent.futures import ProcessPoolExecutor\n"
+            "with ProcessPoolExecutor(4) as pool: print(list(pool.map(abs, (-1, -2))))",
+            "[1, 2]\n",
+        ),
+        (
+            "import multiprocessing\n"
+            "queue, lock, array = multiprocessing.Queue(), multiprocessing.Lock(), multiprocessing.Array('i', 9)\n"
+            "def work():\n"
+            "    with lock: array[3] = 7\n"
+            "    queue.put(8)\n"
+            "child = multiprocessing.Process(target=work); child.start(); print(queue.get(), array[3]); child.join()",
+            "8 7\n",
+        ),
+        (
+            "from multiprocessing.shared_memory import SharedMemory\n"
+            "ours = SharedMemory(create=True, size=9); other = SharedMemory(ours.name); ours.buf[3] = 7\n"
+            "print(other.buf[3]); other.close(); ours.close(); ours.unlink()",
+            "7\n",
+        ),
+        (
+            "import mmap\n"
+            "file = open('/tmp/shared', 'w+b'); file.truncate(9); ours = mmap.mmap(file.fileno(), 9); ours[3] = 7\n"
+            "print(mmap.mmap(file.fileno(), 9)[3], len(mmap.mmap(-1, 9, flags=mmap.MAP_PRIVATE)))",
+            "7 9\n",
+        ),
+        (
+            "import getpass, grp, os, pathlib\n"
+            "print(getpass.getuser(), os.path.expanduser('~program'), pathlib.Path('/tmp/main.py').exists(),\n"
+            "      grp.getgrgid(os.getgid()).gr_name)",
+            "program /tmp True program\n",
+        ),
+        (
+            "import socket\n"
+            "print(socket.gethostname(), socket.gethostbyname('localhost'))\n"
+            "for family, host in (socket.AF_INET, '127.0.0.1'), (socket.AF_INET6, '::1'):\n"
+            "    server = socket.create_server((host, 0), family=family)\n"
+            "    client = socket.create_connection(server.getsockname()[:2])\n"
+            "    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096); client.send(b'hello')\n"
+            "    print(server.accept()[0].recv(9))",
+            "localhost 127.0.0.1\nb'hello'\nb'hello'\n",
+        ),
+        (
+            "import os\n"
+            "before = os.nice(0); print(os.nice(3) - before)\n"
+            "os.setpriority(os.PRIO_PROCESS, os.getpid(), 19); os.setpriority(os.PRIO_PGRP, 0, 19)\n"
+            "print(os.nice(0))",
+            "3\n19\n",
+        ),
+        ("print(set(open('/dev/zero', 'rb').read(9)))", "{0}\n"),
     ],
 )
 def test_what_forbidden_calls_leave_working(sandbox, code, stdout):
@@ -192,6 +246,32 @@ def test_each_run_starts_with_nothing(sandbox):
             "held = bytearray(os.urandom(1)) * (150 * 2**20)\ntime.sleep(60)",
             "memory",
         ),
+        (  # the same, but the first threads have ended, whom the kernel knows a process' memory by
+            "import ctypes, os, threading, time\n"
+            "def hold():\n"
+            "    held = bytearray(os.urandom(1)) * (150 * 2**20)\n    time.sleep(3); os._exit(0)\n"
+            "for _ in range(4):\n    if os.fork() == 0: break\n"
+            "threading.Thread(target=hold).start()\n"
+            "ctypes.CDLL(None).pthread_exit(None)",
+            "memory",
+        ),
+        (  # what is sent and never read
+            "import os, socket, time\n"
+            "for _ in range(6):\n    if os.fork() == 0: break\n"
+            "server = socket.create_server(('127.0.0.1', 0))\n"
+            "held = []\n"
+            "for _ in range(28):\n"
+            "    client = socket.create_connection(server.getsockname()); held += [client, server.accept()]\n"
+            "    client.setblocking(False)\n"
+            "    try:\n        while True: client.send(bytes(2**16))\n    except BlockingIOError: pass\n"
+            "time.sleep(3)",
+            "memory",
+        ),
+        (
+            "import os\nfor i in range(10**6): os.link('main.py', f'{i}') if i else os.chdir('/dev/shm') or "
+            "open('main.py', 'w').close()",
+            "memory",
+        ),
     ],
 )
 def test_who_takes_too_much_is_ended(sandbox, code, outcome):
@@ -212,13 +292,22 @@ def test_who_takes_too_much_is_ended(sandbox, code, outcome):
         "import os; os.memfd_create('x')",
         "open('/usr/lib/x', 'w')",
         "open('/x', 'w')",
-        "open('/dev/shm/x', 'w')",
+        "import mmap; mmap.mmap(-1, 4096)",
+        "import mmap; mmap.mmap(open('/dev/zero', 'r+b').fileno(), 4096)",
+        "import mmap; mmap.mmap(open('/dev/zero', 'rb').fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)",
+        "open('/dev/shm/big', 'wb').write(bytes(2**22))",
+        "[open(f'/dev/shm/{i}', 'wb').write(bytes(2**19)) for i in range(3)]",
+        "[open(f'/dev/shm/{i}', 'w').close() for i in range(10**6)]",
+        "import os; os.setxattr('/tmp', 'user.x', bytes(60_000))",
+        "open('/etc/passwd', 'w')",
+        "open('/sys/devices/system/cpu/online', 'w')",
         "open('/proc/sys/kernel/core_pattern', 'w')",
         "open('/proc/1/environ').read()",
         "open('/proc/1/mem', 'rb').read()",
-        "open('/etc/passwd').read()",
+        "open('/etc/shadow').read()",
+        "open('/etc/resolv.conf').read()",
         "import os; os.listdir('/home')",
-        "import os; os.listdir('/sys')",
+        "import os; os.listdir('/sys/class')",
         "import shutil; shutil.rmtree('/usr')",
         "import os; os.remove(os.__file__)",
         "import os; os.listdir('/proc/1/fd')",
@@ -261,7 +350,25 @@ CALLS = [
     ),
     *(((41, 198), (family, 1, 0), "EAFNOSUPPORT") for family in (16, 17, 38, 40, (1 << 32) + 40)),  # socket
     *(((53, 199), (family, 1, 0, 0), "EAFNOSUPPORT") for family in (16, 40)),  # socketpair
+    *(((41, 198), (2, 1, protocol), "EPROTONOSUPPORT") for protocol in (132, 262)),  # SCTP, MPTCP
+    ((206, 0), (1, 0), "EPERM"),  # io_setup
     ((302, 261), (1, 7, 0, 0), "EPERM"),  # prlimit64
+    # mmap: shared and anonymous, validated or not, whatever else; huge pages
+    *(
+        ((9, 222), (0, 4096, 3, flags, -1, 0), "EPERM")
+        for flags in (0x21, 0x23, 0x8021, (1 << 32) + 0x21, 0x40022)
+    ),
+    ((28, 233), (0, 4096, 21), "EPERM"),  # madvise
+    *(((number, number), (0, 0, 0, 0, 0, 0), "EPERM") for number in (447, 463)),  # memfd_secret, setxattrat
+    ((319, 279), (b"x", 0), "EPERM"),  # memfd_create
+    ((29, 194), (0, 4096, 0o1600), "EPERM"),  # shmget
+    ((278, 75), (0, 0, 0, 0), "EPERM"),  # vmsplice
+    *(
+        (numbers, (b"/tmp", b"user.x", b"x", 1, 0), "EPERM") for numbers in ((188, 5), (189, 6), (190, 7))
+    ),  # setxattr
+    *(
+        ((141, 140), (which, who, 19), "EPERM") for which, who in ((0, 1), (1, 1), (2, 0), (2, 1))
+    ),  # setpriority
 ]
 
 
@@ -365,6 +472,8 @@ def test_not_as_root_either(kind):
             "import os; os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))",
             "open('/proc/1/mem', 'rb')",
             "import os; os.listdir('/proc/1/fd')",
+            "import os; os.setpriority(os.PRIO_PROCESS, 1, 19)",
+            "import mmap; mmap.mmap(-1, 4096)",
         ],
     )
     assert [result["stdout"] for result in results[:2]] == ["True\n", "alive\n"], results
@@ -373,6 +482,117 @@ def test_not_as_root_either(kind):
     for result in results[3:]:
         assert result["outcome"] == "ended", result
         assert "PermissionError" in result["stderr"], result
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "namespaces"])
+def test_what_works_not_as_root_either(kind):
+    results = run_as_another(
+        kind,
+        [
+            "import multiprocessing\nwith multiprocessing.Pool(2) as pool: print(pool.map(abs, (-1, -2)))",
+            "import getpass, os, socket\n"
+            "server = socket.create_server(('localhost', 0)); socket.create_connection(server.getsockname())\n"
+            "print(getpass.getuser(), os.nice(3) - os.nice(0))",
+            "open('/dev/shm/x', 'wb').write(bytes(2**25))",
+        ],
+    )
+    assert [result["stdout"] for result in results[:2]] == ["[1, 2]\n", "program 0\n"], results
+    assert "File too large" in results[2]["stderr"] or "No space left" in results[2]["stderr"], results
+
+
+def test_pools_find_as_many_processors_as_they_may_have_processes(sandbox):
+    result = sandbox.run("import os; print(os.cpu_count())")
+    assert result.stdout == f"{min(len(os.sched_getaffinity(0)), LIMITS.processes // 4)}\n"
+
+
+def test_a_strict_umask_of_ours_does_not_matter(sandbox):
+    before = os.umask(0o077)
+    try:
+        result = sandbox.run("import getpass, os; print(getpass.getuser(), oct(os.umask(0)))")
+    finally:
+        os.umask(before)
+    assert result.stdout == "program 0o22\n", result
+
+
+def test_bubblewrap_is_the_one_on_our_path(tmp_path, monkeypatch):
+    found = shutil.which("bwrap")
+    if found is None:
+        pytest.skip("bubblewrap is not installed")
+    ours = tmp_path / "bwrap"
+    ours.write_text(f'#!/bin/sh\necho used > {tmp_path}/mark\nexec {found} "$@"\n')
+    ours.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
+    assert Sandbox(LIMITS).kind == "bubblewrap"
+    assert (tmp_path / "mark").exists()
+
+
+ODD_PROGRAMS = {
+    "nul": ("print(1)\n\0\n", "SyntaxError: source code cannot contain null bytes"),
+    "half a character": ("print('\ud800')", "SyntaxError: "),
+    "long": ("#" * 300_000 + "\nraise ValueError('end')", "ValueError: end"),
+}
+
+
+@pytest.fixture
+def unsandboxed(monkeypatch):
+    monkeypatch.setattr(Sandbox, "_reason_against", lambda self, kind: "not today")
+    return Sandbox(LIMITS, unsandboxed=True)
+
+
+@pytest.mark.parametrize("code", ODD_PROGRAMS.values(), ids=list(ODD_PROGRAMS))
+@pytest.mark.parametrize("how", ["sandbox", "unsandboxed"])
+def test_odd_programs_fail_as_python_has_it(how, code, request):
+    if how == "sandbox" and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    sandbox = Sandbox(LIMITS) if how == "sandbox" else request.getfixturevalue("unsandboxed")
+    result = sandbox.run(code[0])
+    assert (result.outcome, result.exit_code, result.passed) == ("ended", 1, False)
+    assert code[1] in result.stderr, result
+
+
+def test_half_a_character_cannot_be_read_from_stdin(sandbox):
+    with pytest.raises(UltrafuserError, match="stdin must be text, got half a character at 2"):
+        sandbox.run("print(input())", "ab\ud800")
+
+
+def test_no_descriptor_is_left_open_when_nothing_starts(sandbox, monkeypatch):
+    def no_popen(*arguments, **options):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", no_popen)
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no more processes"):
+        sandbox.run("print(1)")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_interruption_of_ours_waits_for_nobody(sandbox, monkeypatch):
+    def interrupted(self, end_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Exchange, "_talk", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run("import time; time.sleep(60)")
+    assert time.monotonic() - start < 3
+
+
+def test_unsandboxed_programs_end_though_they_closed_their_outputs(unsandboxed):
+    result = unsandboxed.run("import os, time\nos.close(1); os.close(2)\ntime.sleep(60)")
+    assert result.outcome == "time"
+    assert result.seconds < LIMITS.wall_s + 2
+    quiet = unsandboxed.run(
+        "import os, time\nos.close(0); os.close(1); os.close(2)\ntime.sleep(0.3); os._exit(3)"
+    )
+    assert (quiet.outcome, quiet.exit_code) == ("ended", 3)
+
+
+def test_unsandboxed_programs_start_in_an_empty_folder(unsandboxed):
+    result = unsandboxed.run("import os; open('note', 'w'); print(sorted(os.listdir())); print(os.getcwd())")
+    names, folder = result.stdout.splitlines()
+    assert names == "['main.py', 'note']"
+    assert not os.path.exists(folder)
 
 
 def test_it_sees_no_process_but_its_own(sandbox):
