@@ -1,5 +1,6 @@
 """A server that answers like an OpenAI endpoint, and fails on demand: canned but varied answers, the same for the same
-question. `python chat_server.py PORT SHARE LATENCY` prints a line when it listens; what it was asked is at /asked.
+question. `python chat_server.py PORT SHARE LATENCY [WORDS]` prints a line when it listens; what it was asked is at
+/asked.
 """
 
 import asyncio
@@ -90,12 +91,13 @@ def answer(prompt: str) -> str:
     return f"{sentence(choice)}. {sentence(choice)}."
 
 
-def create_app(fault_share: float, latency_s: float) -> FastAPI:
+def create_app(fault_share: float, latency_s: float, refused: str | None = None) -> FastAPI:
     """The server.
 
     Args:
         fault_share: of requests that get something else than an answer.
         latency_s: of every request.
+        refused: words that it does not want to read.
     """
     app = FastAPI()
     asked: list[list[Any]] = []
@@ -115,6 +117,8 @@ def create_app(fault_share: float, latency_s: float) -> FastAPI:
         fault = chance.choice(FAULTS) if chance.random() < fault_share else None
         text = answer(prompt)
         await asyncio.sleep(max(arrived_s + latency_s - loop.time(), 0))
+        if refused is not None and refused in prompt:
+            return JSONResponse({"error": {"message": f"not a word of {refused}"}}, 400)
         if fault == "429":
             return JSONResponse({"error": {"message": "slow down"}}, 429, headers={"retry-after": "0.05"})
         if fault == "500":
@@ -152,6 +156,7 @@ FAULTS = ["429", "500", "time", "cut", "broken", "half", "empty", "enormous"]
 
 if __name__ == "__main__":
     port, share, latency = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-    server = uvicorn.Server(uvicorn.Config(create_app(share, latency), port=port, log_level="critical"))
+    app = create_app(share, latency, *sys.argv[4:])
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical"))
     print("listening", flush=True)
     server.run()

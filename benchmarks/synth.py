@@ -7,13 +7,17 @@ included; `slots_used_fraction` is the same without allowing for the waiting, as
 once. `of_bare_fraction` compares with what a loop that does nothing but send and read bytes gets from the same server
 at the same time instead of with the ideal.
 
-Sieve: generated instructions (words of Python's manual at random), among them planted near duplicates (a word of thirty
-changed) and planted texts of benchmarks (thirteen words in a row of one); each is given to the sieve as in a run.
+Sieve: generated instructions (words of Python's manual at random), among them planted copies of which words were
+changed until they share as little with their original as was drawn, from 0.1 below the threshold to 1, and planted
+texts of benchmarks (thirteen words in a row of one, or a shorter one whole); each is given to the sieve as in a run.
+Overlaps are counted here, not by the sieve. `recall/A-B` is of copies whose overlap is at least A and below B; below
+the threshold, `removed/A-B` are those that were removed all the same.
 
     python benchmarks/synth.py --benchmarks FOLDER
 """
 
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -27,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import aiohttp
 import typer
@@ -39,10 +43,12 @@ from rich.table import Table
 from ultrafuser.cli.report import provenance, write_metrics
 from ultrafuser.synthesis.pipeline import Pipeline
 from ultrafuser.synthesis.recipe import FilterSettings, SynthesisRecipe
-from ultrafuser.synthesis.sieve import Sieve, benchmark_texts, words_of
+from ultrafuser.synthesis.sieve import LEAST_WORDS_OF_PART, Sieve, benchmark_texts, words_of
 
 DUPLICATES, CONTAMINATED = 0.05, 0.005
 """Shares that are planted."""
+BAND, BANDS_BELOW = 0.05, 2
+"""Width of a band of overlaps, and how many of them are planted below the threshold."""
 
 
 @contextmanager
@@ -119,71 +125,123 @@ def throughput(instructions: int, concurrency: int, latency_s: float) -> dict[st
     }
 
 
-def instructions_of(count: int, benchmarks: Sequence[str], seed: int) -> Iterator[tuple[str, str, int]]:
-    """Generated instructions: kind ("new", "duplicate" or "contaminated"), text, and which one it is a duplicate of."""
+class Planted(NamedTuple):
+    """A generated instruction.
+
+    Attributes:
+        kind: "new", "copy" or "contaminated".
+        text: of it.
+        original: number of the one that it is a copy of.
+        overlap: with that one.
+    """
+
+    kind: str
+    text: str
+    original: int = -1
+    overlap: float = 0.0
+
+
+def overlap_of(some: Sequence[str], others: Sequence[str]) -> float:
+    """Jaccard similarity of pairs of words, counted without the sieve."""
+    a, b = set(itertools.pairwise(some)), set(itertools.pairwise(others))
+    return len(a & b) / len(a | b)
+
+
+def instructions_of(count: int, benchmarks: Sequence[str], seed: int, threshold: float) -> Iterator[Planted]:
+    """Generated instructions; no two are copies of the same."""
     choice = random.Random(seed)
     words = sorted({word for text in topics.values() for word in words_of(text) if word.isalpha()})
     rows = [
         row
         for row in (words_of(text) for path in benchmarks for text in benchmark_texts(path))
-        if len(row) >= 13
+        if len(row) >= LEAST_WORDS_OF_PART
     ]
-    earlier: list[tuple[int, str]] = []
+    earlier: list[tuple[int, list[str]]] = []
     for number in range(count):
         drawn = choice.random()
         text = choice.choices(words, k=choice.randint(15, 45))
         if drawn < DUPLICATES and earlier:
-            original, said = choice.choice(earlier)
-            text = said.split()
-            text[choice.randrange(len(text))] = choice.choice(words)
-            yield "duplicate", " ".join(text), original
+            original, said = earlier.pop(choice.randrange(len(earlier)))
+            wanted = choice.uniform(threshold - BANDS_BELOW * BAND, 1)
+            copied, overlap = list(said), 1.0
+            # One word after another, side by side, changes the overlap by the least. The last change may go too far.
+            place = choice.randrange(len(said))
+            while overlap > wanted:
+                copied[place] = choice.choice(words)
+                place = (place + 1) % len(said)
+                overlap = overlap_of(said, copied)
+            yield Planted("copy", " ".join(copied), original, overlap)
         elif drawn < DUPLICATES + CONTAMINATED and rows:
             row = choice.choice(rows)
-            start = choice.randrange(len(row) - 12)
-            yield "contaminated", " ".join([*text[:10], *row[start : start + 13], *text[10:]]), -1
+            start = choice.randrange(max(len(row) - 12, 1))
+            yield Planted("contaminated", " ".join([*text[:10], *row[start : start + 13], *text[10:]]))
         else:
             if len(text) >= 30:
-                earlier.append((number, " ".join(text)))
-            yield "new", " ".join(text), -1
+                earlier.append((number, text))
+            yield Planted("new", " ".join(text))
 
 
 def sieve(count: int, benchmarks: Sequence[str], seed: int) -> dict[str, float]:
     """Give the sieve so many instructions; the metrics.
 
-    A planted duplicate counts where its original was taken, and where it was not removed as of another language.
+    A planted copy counts where its original was taken, and where it was not removed as of another language.
     """
+    settings = FilterSettings(benchmarks=list(benchmarks))
     start = time.perf_counter()
-    one = Sieve(FilterSettings(benchmarks=list(benchmarks)))
+    one = Sieve(settings)
     read_s = time.perf_counter() - start
-    generated = list(instructions_of(count, benchmarks, seed))
+    generated = list(instructions_of(count, benchmarks, seed, settings.near_duplicate))
     found: list[str] = []
     start = time.perf_counter()
-    for number, (_, text, _) in enumerate(track(generated, "sieving")):
-        finding = one.take(str(number), text)
+    for number, planted in enumerate(track(generated, "sieving")):
+        finding = one.take(str(number), planted.text)
         found.append("taken" if finding is None else finding.reason)
     took_s = time.perf_counter() - start
-    flagged = [reason in ("duplicate", "near duplicate") for reason in found]
-    planted = [
-        flagged[number]
-        for number, (kind, _, original) in enumerate(generated)
-        if kind == "duplicate" and found[original] == "taken" and found[number] != "language"
-    ]
-    right = sum(flagged[number] for number, (kind, _, _) in enumerate(generated) if kind == "duplicate")
     metrics = {
         "instructions": count,
         "benchmarks_s": read_s,
         "dedup_s": read_s + took_s,
         "dedup_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "duplicates": len(planted),
-        "duplicate_recall": sum(planted) / max(len(planted), 1),
-        "duplicate_precision": right / max(sum(flagged), 1),
         "of_another_language": found.count("language"),
     }
-    contaminated = [found[number] for number, (kind, _, _) in enumerate(generated) if kind == "contaminated"]
+    metrics |= near_duplicates(generated, found, settings.near_duplicate)
+    contaminated = [
+        reason for planted, reason in zip(generated, found, strict=True) if planted.kind == "contaminated"
+    ]
     if contaminated:
         metrics["contaminated"] = len(contaminated)
         metrics["contamination_recall"] = contaminated.count("benchmark") / len(contaminated)
         metrics["contamination_false"] = found.count("benchmark") - contaminated.count("benchmark")
+    return metrics
+
+
+def near_duplicates(generated: Sequence[Planted], found: Sequence[str], threshold: float) -> dict[str, float]:
+    """Recall and precision of what was removed as said before, in all and by overlap."""
+    flagged = [reason in ("duplicate", "near duplicate") for reason in found]
+    right = sum(
+        flag and one.kind == "copy" and one.overlap >= threshold
+        for flag, one in zip(flagged, generated, strict=True)
+    )
+    copies = [
+        (one.overlap, flagged[number])
+        for number, one in enumerate(generated)
+        if one.kind == "copy" and found[one.original] == "taken" and found[number] != "language"
+    ]
+    above = [flag for overlap, flag in copies if overlap >= threshold]
+    metrics: dict[str, float] = {
+        "duplicates": len(above),
+        "duplicate_recall": sum(above) / max(len(above), 1),
+        "duplicate_precision": right / max(sum(flagged), 1),
+    }
+    for band in range(-BANDS_BELOW, round((1 - threshold) / BAND)):
+        low, high = threshold + band * BAND, threshold + (band + 1) * BAND
+        flags = [flag for overlap, flag in copies if low <= overlap < high]
+        name = f"{low:.2f}-{high:.2f}"
+        metrics[f"copies/{name}"] = len(flags)
+        if band < 0:
+            metrics[f"removed/{name}"] = sum(flags)
+        else:
+            metrics[f"recall/{name}"] = sum(flags) / max(len(flags), 1)
     return metrics
 
 

@@ -11,8 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MAX_CHARACTERS = 200_000
 """Of an answer; no use reads a longer one."""
 
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)(?:```|\Z)", re.DOTALL)
-_TRAILING_COMMA = re.compile(r",\s*([\]}])")
+_MOST_PLACES = 100
+"""Brackets in a text at which JSON is looked for."""
+_MOST_MENDED = 20
+"""Of those, how many may lack JSON only for commas too many, which takes longer to find out."""
+_BRACKET = re.compile(r"[\[{]")
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.?)*+(?:"|\Z))|,(?=\s*[\]}])', re.DOTALL)
+"""A comma too many; or a string, which keeps its commas. One that is not closed ends with the text, so that no place
+is looked at twice."""
 
 
 class UnreadableError(ValueError):
@@ -95,7 +101,8 @@ def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
 def read_json(text: str, kind: type[A]) -> A:
     """The answer in a text: JSON as it is, in a fence, with words around it, or with commas too many.
 
-    Of a list, items that are not what they have to be are left out, as long as one is left.
+    Objects come before lists, which may be examples or parts of what was said. Of a list, items that are not what
+    they have to be are left out, as long as one is left, and as nothing else is right as a whole.
 
     Args:
         text: what the model said.
@@ -106,20 +113,20 @@ def read_json(text: str, kind: type[A]) -> A:
     """
     if len(text) > MAX_CHARACTERS:
         raise UnreadableError(f"{len(text):,} characters")
-    problem = "no JSON in it"
+    problem = ""
     field = next(iter(kind.model_fields))
-    partly: A | None = None  # only where nothing is right as a whole
-    for value in _values(text):
+    partly: A | None = None
+    for value in sorted(_values(text), key=lambda value: isinstance(value, list)):
         candidate = {field: value} if isinstance(value, list) else value
         try:
             return kind.model_validate(candidate)
         except ValidationError as error:
             first = error.errors()[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            problem = problem or f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             if partly is None and isinstance(candidate, dict):
                 partly = _without_bad_items(candidate, field, error, kind)
     if partly is None:
-        raise UnreadableError(problem)
+        raise UnreadableError(problem or "no JSON in it")
     return partly
 
 
@@ -141,20 +148,38 @@ def _without_bad_items(
 
 
 def _values(text: str) -> Iterator[Any]:
-    """JSON values in a text, the likeliest first."""
-    is_whole = False
-    for candidate in (text, *_FENCE.findall(text)):
-        for form in (candidate, _TRAILING_COMMA.sub(r"\1", candidate)):
-            try:
-                yield json.loads(form, strict=False)
-                is_whole = True
-            except (ValueError, RecursionError):
-                continue
-    if is_whole:
-        return  # a part of it was not meant
-    decoder = json.JSONDecoder(strict=False)
-    for place in [match.start() for match in re.finditer(r"[\[{]", text)][:20]:
+    """JSON values in a text, none of them a part of another."""
+    for form in (text, _without_trailing_commas(text)):
         try:
-            yield decoder.raw_decode(_TRAILING_COMMA.sub(r"\1", text[place:]))[0]
+            yield json.loads(form, strict=False)
         except (ValueError, RecursionError):
             continue
+        return
+    end = 0
+    for number in range(_MOST_PLACES):
+        if (match := _BRACKET.search(text, end)) is None:
+            return
+        found = _value_at(text, match.start(), may_mend=number < _MOST_MENDED)
+        end = match.end() if found is None else found[1]
+        if found is not None:
+            yield found[0]
+
+
+def _value_at(text: str, place: int, *, may_mend: bool) -> tuple[Any, int] | None:
+    """The JSON value that begins at a place, and where it ends."""
+    decoder = json.JSONDecoder(strict=False)
+    try:
+        return decoder.raw_decode(text, place)
+    except (ValueError, RecursionError):
+        if not may_mend:
+            return None
+    try:
+        value, length = decoder.raw_decode(_without_trailing_commas(text[place:]))
+    except (ValueError, RecursionError):
+        return None
+    return value, place + length
+
+
+def _without_trailing_commas(text: str) -> str:
+    """As long as it was, so that places stay what they are."""
+    return _TRAILING_COMMA.sub(lambda match: match[1] or " ", text)

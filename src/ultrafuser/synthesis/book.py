@@ -62,6 +62,7 @@ class Reply:
         input_tokens: as the endpoint counts them, or about as many.
         output_tokens: likewise.
         seconds: from the request to its end.
+        lost: attempts before it that ended without an answer, but may have to be paid.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Reply:
     input_tokens: int
     output_tokens: int
     seconds: float
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,10 @@ class Book:
                 self._connection.execute("INSERT INTO unread VALUES (?, ?, ?)", (key, reading, problem))
             self._spend(stage, model, answers=int(is_read), unread=int(not is_read))
 
+    def spend(self, stage: str, model: str, input_tokens: int, output_tokens: int) -> None:
+        """Write down what was paid for something else than an answer."""
+        self._spend(stage, model, input_tokens=input_tokens, output_tokens=output_tokens)
+
     def _spend(
         self,
         stage: str,
@@ -268,6 +274,20 @@ class Book:
         query = "SELECT answer, finish FROM calls WHERE key = ?"
         row = self._connection.execute(query, (key,)).fetchone()
         return None if row is None or row[0] is None else (row[0], row[1])
+
+    def reason(self, key: str) -> str:
+        """Why a call was given up; nothing if it was not."""
+        row = self._connection.execute("SELECT reason FROM calls WHERE key = ?", (key,)).fetchone()
+        return "" if row is None or row[0] is None else row[0]
+
+    def is_answered(self, stage: str) -> bool:
+        """Whether any call of a stage has ever been answered, readably or not."""
+        keys = (f"{stage}/", f"{stage}0")  # the sign behind the slash
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM calls WHERE key > ? AND key < ? AND answer IS NOT NULL) "
+            "OR EXISTS (SELECT 1 FROM unread WHERE key > ? AND key < ?)"
+        )
+        return bool(self._connection.execute(query, keys * 2).fetchone()[0])
 
     def next_round(self, stage: str, domain: str) -> int | None:
         """The round that a stage has to go on with in a domain; None when it is done."""
@@ -337,9 +357,12 @@ class Book:
         """Of all calls that are over."""
         return [key for (key,) in self._connection.execute("SELECT key FROM calls")]
 
-    def given_up(self) -> list[tuple[str, str]]:
-        """(key, reason) of calls without an answer."""
-        query = "SELECT key, reason FROM calls WHERE answer IS NULL ORDER BY key"
+    def given_up(self) -> list[tuple[str, str, int]]:
+        """(stage, reason, how many) of calls without an answer, the most frequent first."""
+        query = (
+            "SELECT stage, reason, COUNT(*) FROM calls WHERE answer IS NULL GROUP BY stage, reason "
+            "ORDER BY COUNT(*) DESC, stage, reason"
+        )
         return list(self._connection.execute(query))
 
     def spent(self) -> list[Spent]:

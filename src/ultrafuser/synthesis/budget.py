@@ -1,13 +1,16 @@
 """What a run has spent, and what it may."""
 
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ultrafuser.errors import UltrafuserError
-from ultrafuser.synthesis.endpoint import CHARACTERS_PER_TOKEN
 from ultrafuser.synthesis.recipe import Budget, ModelSettings
 from ultrafuser.synthesis.stages import Call
+
+_FEWEST_BYTES_PER_TOKEN = 3.0
+"""Of UTF-8, in a request whose tokens nobody has counted yet: a promise must not be too small in any language."""
 
 
 class BudgetError(UltrafuserError):
@@ -52,7 +55,7 @@ class Account:
         """
         if (problem := self._problem(call, model)) is not None:
             raise BudgetError(problem)
-        tokens, money = _most(call, model)
+        tokens, money = sum(most_tokens(call, model)), cost(model, *most_tokens(call, model))
         self._promised_tokens += tokens
         self._promised_money += money
         self._num_promised += 1
@@ -71,7 +74,7 @@ class Account:
 
     def _problem(self, call: Call, model: ModelSettings) -> str | None:
         """Why a request cannot be promised."""
-        tokens, money = _most(call, model)
+        tokens, money = sum(most_tokens(call, model)), cost(model, *most_tokens(call, model))
         limit, most = self._budget.tokens, self._budget.money
         if limit is not None and self.tokens + self._promised_tokens + tokens > limit:
             return (
@@ -93,7 +96,7 @@ def cost(model: ModelSettings, input_tokens: float, output_tokens: float) -> flo
     return (model.price.input * input_tokens + model.price.output * output_tokens) / 1e6
 
 
-def _most(call: Call, model: ModelSettings) -> tuple[int, float]:
-    """Tokens and money that a request may cost, about: what it says is counted in characters."""
-    read = sum(len(message["content"]) for message in call.messages) / CHARACTERS_PER_TOKEN
-    return int(read) + model.max_tokens, cost(model, read, model.max_tokens)
+def most_tokens(call: Call, model: ModelSettings) -> tuple[int, int]:
+    """Tokens that a request may read and write at most, about."""
+    num_bytes = sum(len(message["content"].encode()) for message in call.messages)
+    return math.ceil(num_bytes / _FEWEST_BYTES_PER_TOKEN), model.max_tokens

@@ -15,7 +15,13 @@ from typing import Any
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.synthesis.book import Reply
-from ultrafuser.synthesis.endpoint import STRUCTURED, Endpoint, EndpointError, Question, RefusedError
+from ultrafuser.synthesis.endpoint import (
+    STRUCTURED,
+    Endpoint,
+    EndpointError,
+    Question,
+    UnansweredError,
+)
 from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MOST = 20_000
@@ -61,11 +67,11 @@ class Cluster:
         self.structured = first if settings.structured == "auto" else settings.structured
         self._num_askers = num_askers
         self._each = settings.concurrency // num_askers
-        self._settings = settings.model_copy(update={"concurrency": self._each})
+        self._settings = settings
 
     def ask(
         self, questions: Sequence[tuple[str, Question]], model: ModelSettings
-    ) -> Iterator[tuple[str, Reply | RefusedError]]:
+    ) -> Iterator[tuple[str, Reply | UnansweredError | EndpointError]]:
         """Ask, and give answers as they come.
 
         Args:
@@ -73,36 +79,35 @@ class Cluster:
             model: who answers.
 
         Yields:
-            Key, and the answer or why there will never be one.
-
-        Raises:
-            EndpointError: the endpoint cannot be used any more; what was answered until then comes first.
+            Key, and the answer or why there is none: see `Endpoint.ask`.
         """
         if not questions:
             return
         rows = [{"key": key, "question": json.dumps(asdict(question))} for key, question in questions]
+        is_few = len(rows) <= _FEW * self._each
+        concurrency = self._settings.concurrency if is_few else self._each
         asker = (
-            self._settings.model_dump(mode="json"),
+            {**self._settings.model_dump(mode="json"), "concurrency": concurrency},
             self._settings.api_key(),
             model.model_dump(mode="json"),
             self.structured,
         )
-        if len(rows) <= _FEW * self._each:
-            answered: Iterable[dict[str, str]] = asyncio.run(_asked_here(asker, rows))
-        else:
-            answered = self._asked_there(asker, rows)
-        failure = ""
+        answered: Iterable[dict[str, str]]
+        answered = asyncio.run(_asked_here(asker, rows)) if is_few else self._asked_there(asker, rows)
         for row in answered:
             said = json.loads(row["answer"])
             self.structured = max(self.structured, said["structured"], key=STRUCTURED.index)
             if "reply" in said:
                 yield row["key"], Reply(**said["reply"])
-            elif "refused" in said:
-                yield row["key"], RefusedError(said["refused"])
+            elif "unanswered" in said:
+                yield row["key"], UnansweredError(said["unanswered"], lost=said["lost"])
             else:
-                failure = said["failed"]
-        if failure:
-            raise EndpointError(failure)
+                yield row["key"], EndpointError(said["failed"], lost=said["lost"])
+
+    async def ask_here(self, question: Question, model: ModelSettings) -> Reply:
+        """Ask from this process, and wait for an answer as long as may be; see `Endpoint.ask`."""
+        async with Endpoint(self._settings, self.structured) as endpoint:
+            return await endpoint.ask(question, model, is_patient=True)
 
     def _asked_there(self, asker: tuple[Any, ...], rows: list[dict[str, str]]) -> Iterable[dict[str, str]]:
         num_blocks = math.ceil(len(rows) / self._each)
@@ -136,7 +141,6 @@ class _Asker:
             os.environ[self._settings.api_key_variable] = api_key
         self._model, self._structured = ModelSettings.model_validate(model), structured
         self._endpoint: Endpoint | None = None
-        self._failure = ""
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, list[str]]]:
         if self._endpoint is None:
@@ -153,12 +157,10 @@ class _Asker:
 
     async def _answer(self, question: Question) -> dict[str, Any]:
         assert self._endpoint is not None
-        if self._failure:  # the others would fail likewise
-            return {"failed": self._failure}
         try:
             return {"reply": asdict(await self._endpoint.ask(question, self._model))}
-        except RefusedError as error:
-            return {"refused": str(error)}
+        except UnansweredError as error:
+            return {"unanswered": str(error), "lost": error.lost}
         except EndpointError as error:
-            self._failure = str(error)
-            return {"failed": self._failure}
+            self._endpoint.limiter.stop(str(error))  # the others would fail likewise
+            return {"failed": str(error), "lost": error.lost}

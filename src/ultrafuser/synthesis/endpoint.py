@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,21 +24,42 @@ from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MAX_BODY_BYTES = 2**24
 """Of a response; a longer one is cut off, and counts as failed."""
-CHARACTERS_PER_TOKEN = 4.0
-"""Where a server does not count tokens."""
+BYTES_PER_TOKEN = 4.0
+"""Of UTF-8, about, where a server does not count tokens: four English letters, one or two signs of other writings."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 60.0
 _REFUSALS = 3
 """Times that a request has to be refused: a server that is being started may refuse what it will answer later."""
+_WEAKER = 3
+"""Requests that a weaker way of asking for JSON has to help, one after the other, before it is the way."""
+_EVERYBODY = {401: "key", 402: "money", 404: "model or address", 405: "address"}
+"""Statuses that every request would get, and what they are about."""
+_PERHAPS = (400, 422)
+"""Statuses of a request that is wrong, or whose form the server does not know."""
+_ITS_OWN = (403, 413, 414, 451)
+"""Statuses that one request may have deserved alone, by what is in it or by its length."""
 STRUCTURED = ("json_schema", "json_object", "none")
 """Ways of asking for JSON, the strictest first."""
 
 
-class EndpointError(UltrafuserError):
+class _AskingError(UltrafuserError):
+    """There is no answer.
+
+    Attributes:
+        lost: attempts that ended without one, but may have to be paid.
+        seconds: since the first attempt.
+    """
+
+    def __init__(self, message: str, *, lost: int = 0, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.lost, self.seconds = lost, seconds
+
+
+class EndpointError(_AskingError):
     """The endpoint cannot be used, or has stopped answering; what was answered is in the book."""
 
 
-class RefusedError(UltrafuserError):
-    """The endpoint will never answer this one request."""
+class UnansweredError(_AskingError):
+    """A request was refused, or has failed too often; others may well be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +168,7 @@ class Endpoint:
 
     Attributes:
         limiter: of requests at once.
-        structured: how JSON is asked for; a weaker way once that was accepted where a stricter one was refused.
+        structured: how JSON is asked for; a weaker way once that helped a few requests, and the stricter one none.
     """
 
     def __init__(self, settings: EndpointSettings, structured: str | None = None) -> None:
@@ -156,6 +177,7 @@ class Endpoint:
         self._may_fall_back = settings.structured == "auto"
         first = STRUCTURED[0] if structured is None else structured
         self.structured = first if self._may_fall_back else settings.structured
+        self._weaker: list[str] = []  # ways that helped, since the one above was accepted
         self._chance = random.Random()  # of pauses, which no result depends on
         limits = httpx2.Limits(
             max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
@@ -180,59 +202,90 @@ class Endpoint:
     ) -> None:
         await self._client.close()
 
-    async def ask(self, question: Question, model: ModelSettings) -> Reply:
-        """Get an answer, whatever it takes.
+    async def ask(self, question: Question, model: ModelSettings, *, is_patient: bool = False) -> Reply:
+        """Get an answer.
 
         Args:
             question: that.
             model: who answers.
+            is_patient: whether refusals, too, are waited out as long as failures are.
 
         Raises:
-            EndpointError: the endpoint does not know the model or the key, or has failed too often.
-            RefusedError: it refuses this request for good.
+            EndpointError: the endpoint is not there, knows no such model or key, or never lets the request in.
+            UnansweredError: it refuses this request, or has failed at it too often.
         """
         pause_s, structured = _FIRST_PAUSE_S, self.structured
-        attempts = refusals = 0
+        attempts = refusals = lost = 0
+        first_s = math.inf
+        most_refusals = self._settings.attempts if is_patient else _REFUSALS
         while True:
             async with self.limiter.slot():
                 started_s = time.monotonic()
+                first_s = min(first_s, started_s)
                 try:
                     reply = await asyncio.wait_for(
                         self._request(question, model, structured), self._settings.timeout_s
                     )
                     self.limiter.succeeded()
-                    if STRUCTURED.index(structured) > STRUCTURED.index(self.structured):
-                        self.structured = structured
-                    return reply
-                except (
-                    openai.AuthenticationError,
-                    openai.PermissionDeniedError,
-                    openai.NotFoundError,
-                ) as error:
-                    raise EndpointError(f"{self._settings.base_url} refuses: {_said(error)}") from error
-                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                    if question.schema is not None and self._may_fall_back and structured != STRUCTURED[-1]:
-                        structured = STRUCTURED[STRUCTURED.index(structured) + 1]
-                        continue
+                    if question.schema is not None:
+                        self._accepted(structured)
+                    return replace(reply, lost=lost)
+                except openai.APIStatusError as error:
                     failure: Exception = error
-                    structured = self.structured  # it was not that
-                    refusals += 1
-                    if refusals >= _REFUSALS or attempts + 1 >= self._settings.attempts:
-                        raise RefusedError(f"the endpoint refuses the request: {_said(error)}") from error
-                except openai.RateLimitError as error:
-                    failure = error
-                    self.limiter.refused(_asked_pause_s(error), started_s)
+                    status = error.status_code
+                    if status in _EVERYBODY:
+                        raise EndpointError(
+                            f"{self._settings.base_url} refuses everything ({status}, {_EVERYBODY[status]}): "
+                            f"{_said(error)}. Mend that, and run the same command again; nothing is lost.",
+                            lost=lost,
+                        ) from error
+                    if status in _PERHAPS:
+                        if (
+                            question.schema is not None
+                            and self._may_fall_back
+                            and structured != STRUCTURED[-1]
+                        ):
+                            structured = STRUCTURED[STRUCTURED.index(structured) + 1]
+                            continue
+                        structured = self.structured  # it was not that
+                        refusals += 1
+                    if status in _ITS_OWN or refusals >= most_refusals:
+                        raise UnansweredError(
+                            f"{self._settings.base_url} refuses it: {_said(error)}",
+                            lost=lost,
+                            seconds=time.monotonic() - first_s,
+                        ) from error
+                    if status == 429:
+                        self.limiter.refused(_asked_pause_s(error), started_s)
                 except (openai.APIError, httpx2.HTTPError, TimeoutError, ValueError) as error:
                     failure = error
+                    lost += not _is_nobody_there(error)
             attempts += 1
             if attempts >= self._settings.attempts:
-                raise EndpointError(
-                    f"{self._settings.base_url} has failed {attempts} times at one request, at last with "
-                    f"{type(failure).__name__} ({_said(failure)}). Run the same command again when it is well; "
-                    "nothing is lost."
-                )
+                said = f"{attempts} times, at last with {type(failure).__name__} ({_said(failure)})"
+                if isinstance(failure, openai.RateLimitError) or _is_nobody_there(failure):
+                    raise EndpointError(
+                        f"{self._settings.base_url} has failed {said}. Run the same command again when it is well; "
+                        "nothing is lost.",
+                        lost=lost,
+                    ) from failure
+                raise UnansweredError(
+                    f"{self._settings.base_url} has failed at it {said}",
+                    lost=lost,
+                    seconds=time.monotonic() - first_s,
+                ) from failure
             await asyncio.sleep(pause_s * self._chance.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _accepted(self, structured: str) -> None:
+        """Learn from a way of asking for JSON that was accepted; a stricter one may have been refused by chance."""
+        if STRUCTURED.index(structured) <= STRUCTURED.index(self.structured):
+            self._weaker.clear()
+            return
+        self._weaker.append(structured)
+        if len(self._weaker) >= _WEAKER:
+            self.structured = min(self._weaker, key=STRUCTURED.index)
+            self._weaker.clear()
 
     async def _request(self, question: Question, model: ModelSettings, structured: str) -> Reply:
         more: dict[str, Any] = {"seed": question.seed} if self._settings.seeds else {}
@@ -258,13 +311,12 @@ class Endpoint:
         try:
             choice, usage = found["choices"][0], found.get("usage")
             text = _text(choice["message"]["content"])
-            read = sum(len(message["content"]) for message in question.messages)
             counts = {} if usage is None else usage
             return Reply(
                 text,
                 str(choice.get("finish_reason")),
-                _count(counts.get("prompt_tokens"), read),
-                _count(counts.get("completion_tokens"), len(text)),
+                _count(counts.get("prompt_tokens"), *(message["content"] for message in question.messages)),
+                _count(counts.get("completion_tokens"), text),
                 time.monotonic() - started_s,
             )
         except (TypeError, KeyError, IndexError, AttributeError) as error:
@@ -280,11 +332,11 @@ def _text(content: Any) -> str:
     return "" if content is None else content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _count(counted: Any, characters: int) -> int:
+def _count(counted: Any, *texts: str) -> int:
     """Tokens, as the server counts them, or about as many as there are where it does not."""
-    return (
-        math.ceil(characters / CHARACTERS_PER_TOKEN) if counted is None else min(max(int(counted), 0), 2**40)
-    )
+    if isinstance(counted, (int, float)) and math.isfinite(counted):
+        return min(max(int(counted), 0), 2**40)
+    return math.ceil(sum(len(text.encode(errors="replace")) for text in texts) / BYTES_PER_TOKEN)
 
 
 async def _cut(response: httpx2.Response) -> None:
@@ -310,7 +362,12 @@ class _Cut(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-def _asked_pause_s(error: openai.RateLimitError) -> float:
+def _is_nobody_there(error: Exception) -> bool:
+    """Whether no connection could be made: nothing was asked then."""
+    return isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout))
+
+
+def _asked_pause_s(error: openai.APIStatusError) -> float:
     """How long the server wants to be left alone."""
     try:
         return min(max(float(error.response.headers.get("retry-after", "0")), 0.0), _LONGEST_PAUSE_S)

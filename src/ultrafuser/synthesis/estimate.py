@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultrafuser.synthesis.budget import cost
-from ultrafuser.synthesis.endpoint import CHARACTERS_PER_TOKEN
+from ultrafuser.synthesis.endpoint import BYTES_PER_TOKEN
 from ultrafuser.synthesis.pipeline import STAGES
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import DomainSettings, SynthesisRecipe
@@ -58,7 +58,7 @@ def estimate(recipe: SynthesisRecipe, tokens_per_s: float, wait_s: float) -> Ite
             calls = stage.expected_calls(settings)
             made = _things(stage.name, settings)
             said = _SAID[stage.name] * made
-            read = calls * len(_prompt(prompts, stage.name, domain)) / CHARACTERS_PER_TOKEN
+            read = calls * len(_prompt(prompts, stage.name, domain).encode()) / BYTES_PER_TOKEN
             if stage.name == "responses":
                 said += _asked_further(settings) * _SAID_BY_PERSON
                 read += _read_again(settings)

@@ -8,11 +8,12 @@ removed.jsonl                           what was not taken, and why
 instructions.png                        instructions of all domains on a plane (t-SNE), as far as they lie apart
 """
 
+import hashlib
 import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ultrafuser.files import atomic_write
 from ultrafuser.progress import ProgressBar
 from ultrafuser.synthesis.budget import cost
 from ultrafuser.synthesis.embedding import Embedder
-from ultrafuser.synthesis.sieve import words_of
+from ultrafuser.synthesis.sieve import LEAST_WORDS_OF_MOST, LEAST_WORDS_OF_PART, words_of
 from ultrafuser.synthesis.stages import Tools
 
 PER_META_TOPIC = 3
@@ -33,6 +34,8 @@ PLOTTED = 5000
 """Instructions of a domain in the figure, at most (paper, appendix F)."""
 COUNTED = 1000
 """Conversations of a domain whose tokens are counted, at most (paper, table 15)."""
+MOST_PAIRS = 250_000
+"""Different pairs of words of a domain that are counted exactly; beyond, a sample of them is (off by 0.01 at most)."""
 _BATCH = 1000
 _COLUMNS = ("id", "domain", "meta_topic", "sub_topic", "kind", "complicated", "reference", "messages")
 
@@ -52,6 +55,7 @@ class Summary:
         words: in all messages.
         tokens: mean of a conversation, from 1,000 at random as in the paper; None without a tokenizer.
         distinct: share of two-word sequences in instructions that come once only; the more, the more diverse.
+        is_sampled: whether that is about so, as more than 250,000 differ.
     """
 
     meta_topics: int
@@ -64,11 +68,50 @@ class Summary:
     words: int = 0
     tokens: float | None = None
     distinct: float = 0.0
+    is_sampled: bool = False
 
     @property
     def total(self) -> int:
         """Conversations."""
         return self.conversations.total()
+
+
+class PairCount:
+    """How many pairs of words come once only, in bounded memory.
+
+    All pairs are counted while few differ; then those of every second hash, of every fourth, and so on. What is left
+    out is left out wherever it comes, so as many of those that are counted come once as of all.
+
+    Args:
+        most: different pairs that are kept.
+    """
+
+    def __init__(self, most: int = MOST_PAIRS) -> None:
+        self._most, self._total, self._every = most, 0, 1
+        self._counts: Counter[int] = Counter()  # by hash
+
+    def add(self, words: Iterable[str]) -> None:
+        """Count the pairs of a text."""
+        for pair in itertools.pairwise(words):
+            self._total += 1
+            digest = hashlib.blake2b(" ".join(pair).encode(), digest_size=8).digest()
+            if (number := int.from_bytes(digest)) % self._every == 0:
+                self._counts[number] += 1
+        while len(self._counts) > self._most:
+            self._every *= 2
+            kept = {number: count for number, count in self._counts.items() if number % self._every == 0}
+            self._counts = Counter(kept)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether some pairs are left out."""
+        return self._every > 1
+
+    @property
+    def once(self) -> float:
+        """Share of all pairs, counted as often as they come, that come once only."""
+        single = sum(count == 1 for count in self._counts.values())
+        return min(single * self._every / max(self._total, 1), 1.0)
 
 
 def export(
@@ -121,7 +164,8 @@ def export(
     _write_text(folder / "review.html", environment.get_template("review.html").render(domains=samples))
     card = environment.get_template("card.md").render(
         summaries=summaries, recipe=tools.recipe, spent=_spent(tools), removed=_removed(tools),
-        given_up=len(tools.book.given_up()), sources=list(summaries), has_figure=figure,
+        given_up=tools.book.given_up(), sources=list(summaries), has_figure=figure,
+        least_part=LEAST_WORDS_OF_PART, least_most=LEAST_WORDS_OF_MOST,
     )  # fmt: skip
     _write_text(folder / "README.md", card)
     if figure:
@@ -152,7 +196,7 @@ def _write_domain(tools: Tools, folder: Path, domain: str) -> Summary:
     kinds = dict.fromkeys(_COLUMNS, text) | {"complicated": pyarrow.bool_()}
     kinds["messages"] = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
     schema = pyarrow.schema(kinds)
-    pairs: Counter[tuple[str, str]] = Counter()
+    pairs = PairCount()
     for split in ("train", "heldout") if tools.recipe.heldout else ("train",):
         name = f"{domain}.{split}"
         with (
@@ -174,18 +218,17 @@ def _write_domain(tools: Tools, folder: Path, domain: str) -> Summary:
                     batch = []
                 _count(summary, pairs, split, row)
             writer.write_table(pyarrow.Table.from_pylist(batch, schema))
-    summary.distinct = sum(count == 1 for count in pairs.values()) / max(pairs.total(), 1)
+    summary.distinct, summary.is_sampled = pairs.once, pairs.is_sampled
     return summary
 
 
-def _count(summary: Summary, pairs: Counter[tuple[str, str]], split: str, row: Mapping[str, Any]) -> None:
+def _count(summary: Summary, pairs: PairCount, split: str, row: Mapping[str, Any]) -> None:
     summary.conversations[split] += 1
     summary.kinds[row["kind"]] += 1
     summary.complicated += row["complicated"]
     summary.turns += len(row["messages"]) // 2
     summary.words += sum(len(words_of(message["content"])) for message in row["messages"])
-    words = words_of(row["messages"][0]["content"])
-    pairs.update(itertools.pairwise(words))
+    pairs.add(words_of(row["messages"][0]["content"]))
 
 
 def _tree(tools: Tools) -> str:

@@ -4,13 +4,15 @@ import asyncio
 import gc
 import hashlib
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.progress import ProgressBar
@@ -19,9 +21,10 @@ from ultrafuser.synthesis.answers import UnreadableError, schema_of
 from ultrafuser.synthesis.book import Book, Reply
 from ultrafuser.synthesis.budget import Account, BudgetError
 from ultrafuser.synthesis.cluster import MOST, Cluster
-from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, RefusedError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import SynthesisRecipe
+from ultrafuser.synthesis.refusals import Refusals
 from ultrafuser.synthesis.sieve import Sieve
 from ultrafuser.synthesis.stages import (
     Answer,
@@ -46,8 +49,6 @@ STAGES: tuple[type[Stage], ...] = (
 )
 _PLANNED = 10
 """Calls that are planned and looked for in the book at once: more would keep answers that have come waiting."""
-_MOST_REFUSED = 10
-"""Calls that may be refused one after the other before it is the endpoint that is to blame."""
 
 
 def settings_of(recipe: SynthesisRecipe, prompts: Prompts) -> dict[str, Any]:
@@ -99,14 +100,10 @@ class Pipeline:
         sandbox = Sandbox(unsandboxed=unsandboxed) if runs_code else None
         book = Book.open(folder, settings_of(recipe, prompts))
         try:
-            self.tools = Tools(recipe, book, prompts, Sieve(recipe.filters), sandbox)
-            self._stages = [stage(self.tools) for stage in STAGES]
-            self._account = Account(recipe.budget)
-            self._is_answered = False  # anything, since the run began or went on
-            self._refused: list[_Refused] = []  # since the last answer
+            self._account, self._has_run = Account(recipe.budget), False
             for spent in book.spent():
                 self._account.spend(recipe.model_for(spent.stage), spent.input_tokens, spent.output_tokens)  # type: ignore[arg-type]
-            self._remember()
+            self._take_up(Tools(recipe, book, prompts, Sieve(recipe.filters), sandbox))
         except BaseException:
             book.close()
             raise
@@ -121,6 +118,9 @@ class Pipeline:
         Raises:
             UltrafuserError: the endpoint or the budget does not allow to go on; the same call goes on later.
         """
+        if self._has_run:  # the sieve may have taken what never came into the book
+            self._take_up(replace(self.tools, sieve=Sieve(self._recipe.filters)))
+        self._has_run = True
         # Looking for garbage among all that libraries and sieve hold takes long, and no answer is read meanwhile.
         gc.collect()
         gc.freeze()
@@ -133,6 +133,8 @@ class Pipeline:
 
     async def _run(self) -> None:
         endpoint, structured = self._recipe.endpoint, self.tools.book.noted(self._structured_at)
+        if endpoint.structured != "auto":
+            structured = None
         if self._num_askers is not None:
             await self._run_stages(Cluster(endpoint, self._num_askers, structured))
             return
@@ -146,6 +148,9 @@ class Pipeline:
 
     async def _run_stages(self, asked: Endpoint | Cluster) -> None:
         for stage in self._stages:
+            model = self._recipe.model_for(stage.name)
+            ask = asked.ask_here if isinstance(asked, Cluster) else partial(asked.ask, is_patient=True)
+            self._refusals = Refusals(stage.name, model, ask, self.tools.book, self._account)
             while lines := self._next_lines(stage):
                 await self._run_round(asked, stage, lines)
 
@@ -174,7 +179,9 @@ class Pipeline:
             line.finish(call)
             done = sum(line.num_over for line in lines)
             bar.update(done, max(round(expected), done))
-            if asked.structured != self.tools.book.noted(self._structured_at):
+            if self._recipe.endpoint.structured == "auto" and asked.structured != self.tools.book.noted(
+                self._structured_at
+            ):
                 self.tools.book.note(self._structured_at, asked.structured)
 
         with ProgressBar(title + (f", round {number + 1}" if number else "")) as bar:
@@ -190,15 +197,13 @@ class Pipeline:
     async def _ask(
         self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]", finish: "_Finish"
     ) -> None:
-        """Ask what has no answer; a call that is refused is over once others were answered."""
+        """Ask what has no answer; a call that is refused is over once it is clear that others are not."""
         waiting = ((line, call) for line in lines for call in line.unanswered())
         if isinstance(asked, Cluster):
             await self._ask_cluster(asked, stage, waiting, finish)
         else:
             await self._ask_endpoint(asked, stage, waiting, finish)
-        if self._refused and not self._is_answered and not any(line.num_over for line in lines):
-            raise EndpointError(_refusing(self._recipe, self._refused))
-        self._give_up_refused(stage, finish, self._refused)
+        self._refusals.end_round()
 
     async def _ask_endpoint(
         self, endpoint: Endpoint, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]", finish: "_Finish"
@@ -208,12 +213,7 @@ class Pipeline:
         async def work() -> None:
             try:
                 for line, call in waiting:  # one iterator for all workers: each takes the next
-                    try:
-                        await self._answer(endpoint, stage, call, finish)
-                    except RefusedError as error:
-                        self._refuse(line, call, error)
-                        continue
-                    finish(line, call)
+                    await self._answer(endpoint, stage, line, call, finish)
             except UltrafuserError as error:
                 errors.append(error)
                 endpoint.limiter.stop(str(error))  # what is under way is paid for: it ends as it does
@@ -227,7 +227,7 @@ class Pipeline:
     async def _ask_cluster(
         self, cluster: Cluster, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]", finish: "_Finish"
     ) -> None:
-        """Many at a time; what could not be read comes again with the next ones."""
+        """Many at a time; what could not be read, or was refused, comes again with the next ones."""
         model = self._recipe.model_for(stage.name)
         while batch := list(itertools.islice(waiting, MOST)):
             again: list[tuple[_Line, Call]] = []
@@ -238,7 +238,9 @@ class Pipeline:
                 else:
                     again.append((line, call))
 
-            asked: dict[str, tuple[_Line, Call]] = {}
+            asked: dict[str, tuple[_Line, Call, Question]] = {}
+            unanswered: list[tuple[str, UnansweredError]] = []
+            failure: EndpointError | None = None
             questions: list[tuple[str, Question]] = []
             with ExitStack() as promises:
                 async with asyncio.TaskGroup() as checks:
@@ -256,32 +258,69 @@ class Pipeline:
                                 raise
                             again += batch[place:]  # when these are paid, more may be left than it seems
                             break
-                        asked[call.key] = (line, call)
+                        asked[call.key] = (line, call, question)
                         questions.append((call.key, question))
                     answers = cluster.ask(questions, model)
                     while (found := await asyncio.to_thread(next, answers, None)) is not None:
-                        line, call = asked[found[0]]
-                        if isinstance(found[1], RefusedError):
-                            self._refuse(line, call, found[1])
-                            continue
-                        asked_s = time.monotonic() - found[1].seconds
-                        self._receive(stage, call, found[1], asked_s, finish)
-                        checks.create_task(check(line, call))
+                        line, call, _ = asked[found[0]]
+                        if isinstance(found[1], UnansweredError):
+                            unanswered.append((found[0], found[1]))
+                        elif isinstance(found[1], EndpointError):
+                            failure = found[1]
+                            self._refusals.spend(call, 0, 0, failure.lost)
+                        else:
+                            self._receive(stage, call, found[1], -math.inf)  # clocks of machines differ
+                            checks.create_task(check(line, call))
+            if failure is not None:
+                raise failure
+            for key, error in unanswered:
+                line, call, question = asked[key]
+                if await self._unanswered(stage, line, call, question, error, finish):
+                    again.append((line, call))
             waiting = itertools.chain(again, waiting)
 
-    async def _answer(self, endpoint: Endpoint, stage: Stage, call: Call, finish: "_Finish") -> None:
+    async def _answer(
+        self, endpoint: Endpoint, stage: Stage, line: "_Line", call: Call, finish: "_Finish"
+    ) -> None:
         """Ask until there is an answer that can be read, or until it was asked often enough."""
         model = self._recipe.model_for(stage.name)
         while True:
             if self.tools.book.unchecked(call.key) is None:
                 if (question := self._question(stage, call)) is None:
-                    return
+                    break
                 await self._account.room(call, model)
-                with self._account.promise(call, model):
-                    asked_s = time.monotonic()
-                    self._receive(stage, call, await endpoint.ask(question, model), asked_s, finish)
+                try:
+                    with self._account.promise(call, model):
+                        reply = await endpoint.ask(question, model)
+                        self._receive(stage, call, reply, time.monotonic() - reply.seconds)
+                except UnansweredError as error:
+                    if await self._unanswered(stage, line, call, question, error, finish):
+                        continue
+                    return
+                except EndpointError as error:
+                    self._refusals.spend(call, 0, 0, error.lost)
+                    raise
             if await self._check(stage, call):
-                return
+                break
+        finish(line, call)
+
+    async def _unanswered(
+        self,
+        stage: Stage,
+        line: "_Line",
+        call: Call,
+        question: Question,
+        error: UnansweredError,
+        finish: "_Finish",
+    ) -> bool:
+        """Whether a call that was not answered has to be asked again; otherwise it is over, now or later."""
+
+        def give_up() -> None:
+            self._give_up(stage, call, str(error))
+            finish(line, call)
+
+        self._refusals.spend(call, 0, 0, error.lost)
+        return await self._refusals.unanswered(call, question, error, give_up)
 
     def _question(self, stage: Stage, call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up."""
@@ -292,16 +331,13 @@ class Pipeline:
         schema = None if call.kind is None else schema_of(call.kind)
         return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
 
-    def _receive(self, stage: Stage, call: Call, reply: Reply, asked_s: float, finish: "_Finish") -> None:
-        """Write an answer down, which may then wait for being looked at.
-
-        What was refused before this was asked will never be answered: it is not the endpoint that refuses everything.
-        """
+    def _receive(self, stage: Stage, call: Call, reply: Reply, asked_s: float) -> None:
+        """Write an answer down, which may then wait for being looked at."""
         model = self._recipe.model_for(stage.name)
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
-        self._is_answered = True
-        self._give_up_refused(stage, finish, [one for one in self._refused if one.when_s < asked_s])
+        self._refusals.spend(call, 0, 0, reply.lost)
+        self._refusals.answered(call.kind is not None, asked_s)
 
     async def _check(self, stage: Stage, call: Call) -> bool:
         """Look at an answer that has come; whether the call is over."""
@@ -316,30 +352,20 @@ class Pipeline:
         book.record(call.key, stage.name, model.model, len(book.problems(call.key)), reply, problem)
         return problem is None
 
-    def _refuse(self, line: "_Line", call: Call, error: RefusedError) -> None:
-        """Remember that a call was refused.
-
-        Raises:
-            EndpointError: so were the last ones before it; perhaps nothing is wrong with any of them.
-        """
-        self._refused.append(_Refused(line, call, str(error), time.monotonic()))
-        if len(self._refused) >= _MOST_REFUSED:
-            raise EndpointError(_refusing(self._recipe, self._refused))
-
-    def _give_up_refused(self, stage: Stage, finish: "_Finish", refused: "list[_Refused]") -> None:
-        for one in refused:
-            self._give_up(stage, one.call, one.reason)
-            finish(one.line, one.call)
-        self._refused = [one for one in self._refused if one not in refused]
-
     def _give_up(self, stage: Stage, call: Call, reason: str) -> None:
         book, model = self.tools.book, self._recipe.model_for(stage.name).model
         book.give_up(call.key, stage.name, model, len(book.problems(call.key)), reason)
 
     async def _problem(self, stage: Stage, call: Call, text: str) -> str | None:
-        if stage.runs_code(call):
+        if stage.takes_time(call):
             return await asyncio.to_thread(stage.problem, call, text)
-        return stage.problem(call, text)  # a verifier of final answers wants the main thread
+        return stage.problem(call, text)
+
+    def _take_up(self, tools: Tools) -> None:
+        """Go on from what the book has."""
+        self.tools = tools
+        self._stages: list[Stage] = [stage(tools) for stage in STAGES]
+        self._remember()
 
     def _remember(self) -> None:
         """Tell the sieve what was taken before this run."""
@@ -410,22 +436,6 @@ class _Line:
 
 
 _Finish = Callable[[_Line, Call], None]
-
-
-class _Refused(NamedTuple):
-    """A call that was refused, why, and when (of the monotonic clock)."""
-
-    line: _Line
-    call: Call
-    reason: str
-    when_s: float
-
-
-def _refusing(recipe: SynthesisRecipe, refused: list[_Refused]) -> str:
-    return (
-        f"{recipe.endpoint.base_url} refuses one request after another ({len(refused)}), at last: "
-        f"{refused[-1].reason}. Mend the recipe or the server, and run the same command again; nothing is lost."
-    )
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -144,9 +144,9 @@ class FilterSettings(RecipeSection):
 
     near_duplicate: float = Field(
         default=0.7,
-        gt=0,
+        ge=0.4,  # candidates for less would be too many, or too few of them found
         le=1,
-        description="instructions whose shingles overlap by this much (Jaccard) are one",
+        description="instructions whose pairs of words overlap by this much (Jaccard) are one",
     )
     ngram: int = Field(default=13, ge=5, description="words in a row that a benchmark shares (paper: 13)")
     benchmarks: list[str] = Field(

@@ -1,6 +1,6 @@
 """The stages of UltraChat 2 (paper, section 3.2), from topics to conversations.
 
-Each stage reads the items of the stage before it and makes items of its own. It knows two things: which questions a
+Each stage reads items of stages before it and makes items of its own. It knows two things: which questions a
 round asks (`plan`), and what their answers make (`make`). Both follow from the book and the recipe alone, so that
 an interrupted run ends like one that was not. Rounds go on until there is enough, or answers bring nothing new.
 """
@@ -30,7 +30,7 @@ from ultrafuser.synthesis.answers import (
 from ultrafuser.synthesis.book import Book, Item, Removed
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import DomainSettings, StageName, SynthesisRecipe
-from ultrafuser.synthesis.sieve import Sieve, words_of
+from ultrafuser.synthesis.sieve import Sieve, tokens_of, words_of
 from ultrafuser.synthesis.verification import problem_of
 
 PER_CALL = {"meta_topics": 30, "sub_topics": 20, "instructions": 10, "related": 5}
@@ -130,8 +130,8 @@ class Stage(ABC):
         """What is wrong with an answer that could be read."""
         return None
 
-    def runs_code(self, call: Call) -> bool:
-        """Whether `problem` runs what somebody else wrote, which takes its time."""
+    def takes_time(self, call: Call) -> bool:
+        """Whether `problem` waits for other processes, so that it belongs into a thread."""
         return False
 
     @classmethod
@@ -158,9 +158,15 @@ class Stage(ABC):
             f"{self.name}/{domain}/{number}/{index}", [{"role": "user", "content": text}], kind, context
         )
 
-    def is_last(self, number: int, wanted: int) -> bool:
-        """Whether a round was the last one: enough is there, or enough was tried."""
-        return wanted <= 0 or number + 1 >= self.tools.recipe.rounds
+    def is_last(self, number: int, wanted: int, *, needed: int = 1) -> bool:
+        """Whether a round was the last one: enough is there, or enough was tried.
+
+        Args:
+            number: of the round, from 0 on.
+            wanted: how many are lacking.
+            needed: rounds that it takes if all goes well.
+        """
+        return wanted <= 0 or number + 1 >= needed + self.tools.recipe.rounds - 1
 
 
 class MetaTopics(Stage):
@@ -196,7 +202,8 @@ class MetaTopics(Stage):
                 if len(made.items) < wanted and _same(name) not in known:
                     known.add(_same(name))
                     made.items.append(Item({"name": name}))
-        made.is_last = self.is_last(number, wanted - len(made.items))
+        needed = math.ceil(settings.num_meta_topics / PER_CALL[self.name])
+        made.is_last = self.is_last(number, wanted - len(made.items), needed=needed)
         return made
 
     @classmethod
@@ -250,7 +257,9 @@ class SubTopicStage(Stage):
                     wanted -= 1
                     made.items.append(Item(topic.model_dump(), parent))
             missing[parent] = (wanted, names)
-        made.is_last = self.is_last(number, sum(wanted for wanted, _ in missing.values()))
+        most = math.ceil(self.settings(domain).sub_topics / max(len(missing), 1))
+        lacking = sum(wanted for wanted, _ in missing.values())
+        made.is_last = self.is_last(number, lacking, needed=math.ceil(most / PER_CALL[self.name]))
         return made
 
     @classmethod
@@ -345,9 +354,7 @@ class RelatedStage(_InstructionStage):
 
     def _missing(self, domain: str) -> dict[bool, int]:
         """Strongly? -> how many are lacking."""
-        settings, missing = self.settings(domain), {}
-        for strongly, share in ((True, settings.strongly_related), (False, settings.weakly_related)):
-            missing[strongly] = round(share * settings.instructions)
+        missing = dict(zip((True, False), related_counts(self.settings(domain)), strict=True))
         for item in self.tools.book.items(self.name, domain):
             missing[item.content["kind"] == "strongly related"] -= 1
         return missing
@@ -397,8 +404,7 @@ class RelatedStage(_InstructionStage):
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
         """See `Stage`."""
-        shares = (settings.strongly_related, settings.weakly_related)
-        return sum(math.ceil(round(share * settings.instructions) / PER_CALL[cls.name]) for share in shares)
+        return sum(math.ceil(count / PER_CALL[cls.name]) for count in related_counts(settings))
 
 
 class ComplicatedStage(_InstructionStage):
@@ -541,11 +547,12 @@ class ResponseStage(Stage):
         if call.context["is_question"]:
             return None
         check = self.settings(call.context["domain"]).check
-        return problem_of(check, text, call.context["reference"], self.tools.sandbox)
+        earlier = [said["content"] for said in call.messages if said["role"] == "assistant"]
+        return problem_of(check, text, call.context["reference"], self.tools.sandbox, earlier)
 
-    def runs_code(self, call: Call) -> bool:
+    def takes_time(self, call: Call) -> bool:
         """See `Stage`."""
-        return self.settings(call.context["domain"]).check == "code" and not call.context["is_question"]
+        return self.settings(call.context["domain"]).check != "none" and not call.context["is_question"]
 
     async def make(self, domain: str, number: int, answers: Answers) -> Made:
         """Nothing but in the last round: the conversations, as far as they went."""
@@ -565,8 +572,10 @@ class ResponseStage(Stage):
             rounds = 2 * turns.get(item.place, 1) - 1
             messages = [{"role": "user", "content": item.content["instruction"]}]
             keys = [self._key(domain, before, item.place) for before in range(rounds)]
-            for before, answer in enumerate(map(book.answer, keys)):
-                if answer is None:
+            reason = ""
+            for before, key in enumerate(keys):
+                if (answer := book.answer(key)) is None:
+                    reason = book.reason(key)
                     break
                 messages.append({"role": "user" if before % 2 else "assistant", "content": answer[0].strip()})
             if len(messages) % 2:  # a question without an answer
@@ -574,7 +583,7 @@ class ResponseStage(Stage):
             if messages:
                 yield Item({**item.content, "messages": messages}, item.place)
             else:
-                removed.append(Removed("no response", "", item.content["instruction"]))
+                removed.append(Removed("no response", reason, item.content["instruction"]))
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
@@ -585,10 +594,14 @@ class ResponseStage(Stage):
 
 def base_count(settings: DomainSettings) -> int:
     """Instructions that are made from topics alone."""
-    related = [
-        round(share * settings.instructions) for share in (settings.strongly_related, settings.weakly_related)
-    ]
-    return settings.instructions - sum(related)
+    return settings.instructions - sum(related_counts(settings))
+
+
+def related_counts(settings: DomainSettings) -> tuple[int, int]:
+    """Instructions that are made from others: strongly related ones, and weakly; one at least is made from topics."""
+    most = settings.instructions - 1
+    strongly = min(round(settings.strongly_related * settings.instructions), most)
+    return strongly, min(round(settings.weakly_related * settings.instructions), most - strongly)
 
 
 def _shares(total: int, parts: int) -> list[int]:
@@ -611,4 +624,4 @@ def _stride(total: int) -> int:
 
 
 def _same(name: str) -> str:
-    return " ".join(words_of(name))
+    return " ".join(tokens_of(name))

@@ -1,6 +1,7 @@
 """Answers as models give them."""
 
 import json
+import time
 
 import jsonschema_rs
 import pytest
@@ -32,6 +33,59 @@ from ultrafuser.synthesis.answers import (
 )
 def test_json_in_every_dress(text):
     assert read_json(text, Topics).topics == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "topics"),
+    [
+        ('{"topics": ["a,]", "b, }"]}', ["a,]", "b, }"]),
+        ('{"topics": ["a,]", "b",],}', ["a,]", "b"]),
+        ('A 5" pipe, say: {"topics": ["a,]", "say \\",]\\"",],} So.', ["a,]", 'say ",]"']),
+        ('{"topics": ["a,]"', None),
+    ],
+)
+def test_strings_keep_their_commas(text, topics):
+    if topics is None:
+        with pytest.raises(UnreadableError):
+            read_json(text, Topics)
+    else:
+        assert read_json(text, Topics).topics == topics
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'As in ["x", "y"]: {"topics": ["a", "b"]}',
+        'As in ["x", "y"]:\n```json\n{"topics": ["a", "b"]}\n```',
+        '```json\n["x", "y"]\n```\nis the form; here it is:\n```json\n{"topics": ["a", "b"]}\n```',
+        'So: {"topics": ["a", "b"], "form": "```json\n[]\n```, ```json\n[\\"x\\"]\n```"}',
+        'So:\n```json\n{"form": "```json\n[\\"x\\"]\n```", "topics": ["a", "b"],}\n```',
+        '{"form": ["x"]} is no form, {"form": ["x"], "topics": ["a", "b"]} is one.',
+        "{x}" * 50 + ' {"topics": ["a", "b"]}',
+    ],
+)
+def test_what_was_asked_for_comes_before_other_lists(text):
+    assert read_json(text, Topics).topics == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('So: {"themes": ["x"]}', Topics),
+        ('So: {"instruction": 1, "form": [{"instruction": "Add.", "reference": "1"}]}', SolvedInstruction),
+    ],
+)
+def test_parts_of_something_else_are_no_answer(text, kind):
+    with pytest.raises(UnreadableError, match=r"topics: |instruction: "):
+        read_json(text, kind)
+
+
+@pytest.mark.parametrize("part", ['["', '"\\', "[1,]{", "```json[", '{"a":[', ', "]'])
+def test_odd_answers_take_no_long_time(part):
+    start_s = time.monotonic()
+    with pytest.raises(UnreadableError):
+        read_json((part * 100_000)[:199_999] + "x", Topics)
+    assert time.monotonic() - start_s < 2
 
 
 @pytest.mark.parametrize(

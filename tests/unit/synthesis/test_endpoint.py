@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 
 import httpx2
@@ -9,7 +10,7 @@ import pytest
 from test_pipeline import serve  # noqa: F401 (a fixture)
 
 from ultrafuser.errors import RecipeError
-from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Limiter, Question, RefusedError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Limiter, Question, UnansweredError
 from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MODEL = ModelSettings(model="m", max_tokens=10)
@@ -19,8 +20,8 @@ GOOD = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "a
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}  # fmt: skip
 
 
-def ask(answers, question=TEXT, **settings):
-    """Ask an endpoint that gives these (status, JSON or bytes, headers) in turn; the reply, and what was sent."""
+def ask(answers, question=TEXT, *, times=1, is_patient=False, **settings):
+    """Ask an endpoint that gives these (status, JSON or bytes, headers) in turn; the last reply, and what was sent."""
     sent = []
 
     def respond(request):
@@ -42,7 +43,9 @@ def ask(answers, question=TEXT, **settings):
         endpoint._client._client._transport = transport
         endpoint._client._client._mounts = {}
         async with endpoint:
-            return await endpoint.ask(question, MODEL), endpoint
+            for _ in range(times - 1):
+                await endpoint.ask(question, MODEL)
+            return await endpoint.ask(question, MODEL, is_patient=is_patient), endpoint
 
     reply, endpoint = asyncio.run(go())
     return reply, sent, endpoint
@@ -83,24 +86,49 @@ def test_what_fails_is_asked_again(failure):
 
 
 def test_it_gives_up_in_words():
-    with pytest.raises(
-        EndpointError, match="failed 4 times at one request, at last with InternalServerError"
-    ):
+    with pytest.raises(UnansweredError, match="failed at it 4 times, at last with InternalServerError"):
         ask([(500, {"error": {"message": "oh"}})])
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_ends_the_run_at_once(status):
-    with pytest.raises(EndpointError, match=r"refuses: .*no such thing"):
-        ask([(status, {"error": {"message": "no such thing"}})])
+@pytest.mark.parametrize(
+    "failure", [(429, {"error": {"message": "slow"}}), (200, httpx2.ConnectError("nobody there"))]
+)
+def test_what_is_not_about_one_request_ends_the_run(failure):
+    with pytest.raises(EndpointError, match="has failed 4 times"):
+        ask([failure])
+
+
+@pytest.mark.parametrize(
+    ("status", "about"), [(401, "key"), (402, "money"), (404, "model or address"), (405, "address")]
+)
+def test_a_wrong_key_or_model_ends_the_run_at_once(status, about):
+    with pytest.raises(EndpointError, match=rf"refuses everything \({status}, {about}\): .*no such thing"):
+        ask([(status, {"error": {"message": "no such thing"}}), (200, GOOD)])
+
+
+@pytest.mark.parametrize("status", [403, 413, 451])
+def test_one_request_may_be_refused_at_once_for_what_is_in_it(status):
+    with pytest.raises(UnansweredError, match=r"refuses it: .*not that"):
+        ask([(status, {"error": {"message": "not that"}}), (200, GOOD)])
 
 
 def test_one_bad_request_does_not():
     refused = (400, {"error": {"message": "content"}})
-    with pytest.raises(RefusedError, match="refuses the request"):
+    with pytest.raises(UnansweredError, match="refuses it"):
         ask([refused])
     reply, sent, _ = ask([refused, refused, (200, GOOD)])  # a server that was being started
     assert (reply.text, len(sent)) == ("yes", 3)
+    reply, sent, _ = ask([*[refused] * 6, (200, GOOD)], is_patient=True, attempts=7)
+    assert (reply.text, len(sent)) == ("yes", 7)
+
+
+def test_attempts_that_may_have_to_be_paid_are_counted():
+    lost = [(200, httpx2.ReadTimeout("slow")), (200, b'{"id": '), (200, httpx2.ReadError("cut"))]
+    free = [(500, {}), (429, {}), (200, httpx2.ConnectError("refused")), (400, {})]
+    assert ask([*lost, *free, (200, GOOD)], attempts=9)[0].lost == 3
+    with pytest.raises(UnansweredError) as error:
+        ask([(200, b"{")])
+    assert error.value.lost == 4
 
 
 def test_texts_are_such_that_files_can_hold_them():
@@ -112,24 +140,34 @@ def test_texts_are_such_that_files_can_hold_them():
     assert ask([(200, said("whole \ud83d\ude00"))])[0].text == "whole 😀"
     assert ask([(200, said([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]))])[0].text == "ab"
     assert ask([(200, said(None))])[0].text == ""
-    with pytest.raises(EndpointError, match="another form"):
+    with pytest.raises(UnansweredError, match="another form"):
         ask([(200, said(5))])
     reply = ask([(200, said("x" * 41))])[0]  # nobody has counted
     assert (reply.input_tokens, reply.output_tokens) == (2, 11)
     reply = ask([(200, said("x", usage={"prompt_tokens": 10**30, "completion_tokens": -4}))])[0]
     assert (reply.input_tokens, reply.output_tokens) == (2**40, 0)
+    usage = {"prompt_tokens": math.inf, "completion_tokens": "many"}
+    reply = ask([(200, said("x" * 9, usage=usage))])[0]  # nonsense: as if nobody had counted
+    assert (reply.input_tokens, reply.output_tokens) == (2, 3)
+    assert ask([(200, said("\u6771\u4eac" * 10))])[0].output_tokens == 15  # signs of three bytes
 
 
 def test_json_is_asked_for_as_far_as_the_server_knows_it():
     refused = (400, {"error": {"message": "response_format is not supported"}})
     assert ask([(200, GOOD)], JSON)[1][0]["response_format"]["json_schema"]["schema"] == {"type": "object"}
-    _, sent, endpoint = ask([refused, (200, GOOD)], JSON)
-    assert [body["response_format"]["type"] for body in sent] == ["json_schema", "json_object"]
+    good = (200, GOOD)
+    _, sent, endpoint = ask([refused, good] * 3 + [good], JSON, times=4)
+    assert [body["response_format"]["type"] for body in sent[:2]] == ["json_schema", "json_object"]
+    assert [body["response_format"]["type"] for body in sent[6:]] == ["json_object"]
     assert endpoint.structured == "json_object"
-    _, sent, endpoint = ask([refused, refused, (200, GOOD)], JSON)
+    _, sent, endpoint = ask([refused, refused, good] * 3 + [good], JSON, times=4)
     assert "response_format" not in sent[2]
+    assert "response_format" not in sent[9]
     assert endpoint.structured == "none"
-    with pytest.raises(RefusedError):
+    # Here and there one that was refused for something else.
+    _, sent, endpoint = ask([refused, good, refused, good, good] * 3, JSON, times=9)
+    assert endpoint.structured == "json_schema"
+    with pytest.raises(UnansweredError):
         ask([refused], JSON, structured="json_schema")
     # Falling back is no attempt, and a question that is refused in every form says nothing about forms.
     assert ask([refused, refused, (200, GOOD)], JSON, attempts=1)[0].text == "yes"

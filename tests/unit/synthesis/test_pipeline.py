@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ import yaml
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.synthesis.budget import BudgetError
-from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, RefusedError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, UnansweredError
 from ultrafuser.synthesis.export import export
 from ultrafuser.synthesis.pipeline import STAGES, Pipeline
 from ultrafuser.synthesis.recipe import read_synthesis_recipe
@@ -46,11 +47,12 @@ RECIPE = {
 def serve():
     processes = []
 
-    def start(faults=0.0, latency_s=0.0):
+    def start(faults=0.0, latency_s=0.0, refused=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, str(SERVER), str(port), str(faults), str(latency_s)]
+        command += [] if refused is None else [refused]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         assert processes[-1].stdout.readline() == "listening\n"
         url = f"http://127.0.0.1:{port}"
@@ -266,46 +268,145 @@ def test_it_stops_within_the_budget_and_goes_on_with_another(clean, serve, tmp_p
     assert items(tmp_path / "run") == items(clean[0])
 
 
-def test_a_server_that_refuses_everything_ends_the_run_and_loses_nothing(clean, serve, tmp_path, monkeypatch):
-    path, asked = write_recipe(tmp_path, serve()), Endpoint.ask
+ASK = Endpoint.ask
 
-    async def refuse(self, question, model):
-        raise RefusedError("no such setting")
 
-    for _ in range(2):  # again after it has answered for a while
+async def refuse(self, question, model, *, is_patient=False):
+    raise UnansweredError("no such setting")
+
+
+def refuse_after(count):
+    """An endpoint that answers so many questions, and then nobody any more."""
+    answered = 0
+
+    async def ask(self, question, model, *, is_patient=False):
+        nonlocal answered
+        answered += 1
+        return await (refuse if answered > count else ASK)(self, question, model)
+
+    return ask
+
+
+@pytest.mark.parametrize("concurrency", [3, 64])
+def test_a_server_that_refuses_everything_ends_the_run_and_loses_nothing(
+    clean, serve, tmp_path, monkeypatch, concurrency
+):
+    path = write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency})
+    for count in (0, 1, 3, 40, 0, 60):  # refused in small rounds and in large ones, at once and after answers
         with monkeypatch.context() as patch:
-            patch.setattr(Endpoint, "ask", refuse)
-            with pytest.raises(EndpointError, match=r"refuses one request after another.*no such setting"):
-                run(path, tmp_path / "run")
-        answered = 0
-
-        async def refuse_later(self, question, model):
-            nonlocal answered
-            answered += question.schema is None
-            return await (refuse if answered > 20 else asked)(self, question, model)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Endpoint, "ask", refuse_later)
-            with pytest.raises(EndpointError, match="refuses one request after another"):
+            patch.setattr(Endpoint, "ask", refuse_after(count))
+            with pytest.raises(
+                EndpointError, match=r"not even the simplest question is answered: no such setting\. Mend"
+            ):
                 run(path, tmp_path / "run")
     run(path, tmp_path / "run")
     assert items(tmp_path / "run") == items(clean[0])
 
 
-def test_a_question_that_alone_is_refused_is_given_up(serve, tmp_path, monkeypatch):
-    asked, refused = Endpoint.ask, []
+@pytest.mark.parametrize("every", [10, 3])
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_a_question_that_alone_is_refused_is_given_up(serve, tmp_path, monkeypatch, concurrency, every):
+    refused = []
 
-    async def picky(self, question, model):
-        if question.seed % 10 == 0:
+    async def picky(self, question, model, *, is_patient=False):
+        if question.seed % every == 0:
             refused.append(question)
-            raise RefusedError("not that")
-        return await asked(self, question, model)
+            raise UnansweredError("not that")
+        return await ASK(self, question, model)
 
     monkeypatch.setattr(Endpoint, "ask", picky)
-    run(write_recipe(tmp_path, serve()), tmp_path / "run")
+    recipe = write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency})
+    run(recipe, tmp_path / "run")
     given_up = [row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
-    assert len(given_up) == len(refused) > 3
+    assert 2 * len(given_up) == len(refused) > 6  # each was asked once more
     assert {row[6] for row in given_up} == {"not that"}
+    assert f"{len(given_up)} questions were given up:" in (tmp_path / "run" / "README.md").read_text()
+    lost = [json.loads(line) for line in (tmp_path / "run" / "removed.jsonl").read_text().splitlines()]
+    assert {row["detail"] for row in lost if row["reason"] == "no response"} == {"not that"}
+    refused.clear()
+    run(recipe, tmp_path / "run")
+    assert not refused
+
+
+@pytest.mark.parametrize("stage", ["meta_topics", "responses"])
+def test_prompts_that_nobody_answers_end_the_run(clean, serve, tmp_path, monkeypatch, stage):
+    """A stage that asks for too much is not the questions' fault; a few questions may be at fault themselves."""
+
+    async def picky(self, question, model, *, is_patient=False):
+        if is_patient or (question.schema is None) != (stage == "responses"):
+            return await ASK(self, question, model)
+        raise UnansweredError("max_tokens is too large")
+
+    path = write_recipe(tmp_path, serve())
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "ask", picky)
+        message = (
+            rf"answers simple questions, but refuses those of the stage {stage}.*max_tokens is too large"
+        )
+        for _ in range(2):
+            with pytest.raises(EndpointError, match=message):
+                run(path, tmp_path / "run")
+    assert len([row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]) < 10
+    if stage == "responses":
+        run(path, tmp_path / "run")
+        assert items(tmp_path / "run") == items(clean[0])
+
+
+def test_the_same_pipeline_goes_on_as_a_new_one_would(clean, serve, tmp_path, monkeypatch):
+    pipeline = Pipeline(read_synthesis_recipe(write_recipe(tmp_path, serve())), tmp_path / "run")
+    for count in (10, 20, 30):
+        with monkeypatch.context() as patch:
+            patch.setattr(Endpoint, "ask", refuse_after(count))
+            with pytest.raises(EndpointError):
+                pipeline.run()
+    pipeline.run()
+    pipeline.close()
+    assert items(tmp_path / "run") == items(clean[0])
+
+
+def test_what_lost_attempts_may_have_cost_is_in_the_account(clean, serve, tmp_path, monkeypatch):
+    lost = []
+
+    async def losing(self, question, model, *, is_patient=False):
+        reply = await ASK(self, question, model)
+        if question.schema is None:
+            lost.append(2)
+            return replace(reply, lost=2)
+        return reply
+
+    monkeypatch.setattr(Endpoint, "ask", losing)
+    run(write_recipe(tmp_path, serve()), tmp_path / "run")
+    written = sum(row[5] for row in rows(tmp_path / "run", "spending", "stage"))
+    assert written - sum(row[5] for row in rows(clean[0], "spending", "stage")) == 512 * sum(lost)
+
+
+def test_as_many_topics_as_are_wanted_take_as_many_rounds_as_they_need(serve, tmp_path):
+    wanted = {"meta_topics": 70, "sub_topics": 70, "instructions": 2}
+    more = {"description": "more", "meta_topics": ["all"], "sub_topics": 50, "instructions": 1}
+    path = write_recipe(tmp_path, serve(), domains={"text": wanted, "more": more}, rounds=1)
+    run(path, tmp_path / "run")
+    made = [(stage, domain) for stage, domain, *_ in items(tmp_path / "run")]
+    assert [made.count((stage, "text")) for stage in ("meta_topics", "sub_topics", "complicated")] == [
+        70,
+        70,
+        2,
+    ]
+    assert [made.count((stage, "more")) for stage in ("meta_topics", "sub_topics", "complicated")] == [
+        1,
+        50,
+        1,
+    ]
+
+
+def test_how_json_was_asked_for_is_kept_only_where_it_was_found_out(serve, tmp_path):
+    def noted(folder):
+        names = {name for name, _ in rows(folder, "settings", "name")}
+        return any(name.startswith(".structured at") for name in names)
+
+    one = {"domains": {"text": {"meta_topics": 1, "sub_topics": 1, "instructions": 1}}}
+    run(write_recipe(tmp_path, serve(), **one, endpoint={"structured": "none"}), tmp_path / "set")
+    run(write_recipe(tmp_path, serve(), **one), tmp_path / "found")
+    assert (noted(tmp_path / "set"), noted(tmp_path / "found")) == (False, True)
 
 
 def test_what_is_paid_for_is_kept_before_it_is_looked_at(clean, serve, tmp_path, monkeypatch):
@@ -338,7 +439,7 @@ def test_a_budget_of_little_more_than_one_request_is_used_up(clean, serve, tmp_p
 
 def test_a_server_that_is_gone_ends_the_run_in_words(tmp_path):
     path = write_recipe(tmp_path, "http://127.0.0.1:9", endpoint={"attempts": 2})
-    with pytest.raises(EndpointError, match=r"has failed 2 times at one request.*nothing is lost"):
+    with pytest.raises(EndpointError, match=r"http://127.* has failed .*2 times.*nothing is lost"):
         run(path, tmp_path / "run")
 
 

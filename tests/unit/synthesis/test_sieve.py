@@ -4,13 +4,21 @@ import gzip
 import itertools
 import json
 import random
+import unicodedata
 
 import pytest
 
 from ultrafuser.errors import DataError
 from ultrafuser.synthesis import sieve
 from ultrafuser.synthesis.recipe import FilterSettings
-from ultrafuser.synthesis.sieve import Contamination, LanguageFilter, NearDuplicates, Sieve, words_of
+from ultrafuser.synthesis.sieve import (
+    Contamination,
+    LanguageFilter,
+    NearDuplicates,
+    Sieve,
+    tokens_of,
+    words_of,
+)
 
 WORDS = [f"word{index}" for index in range(400)]
 
@@ -103,8 +111,10 @@ def test_what_is_found_does_not_depend_on_the_order_of_what_was_taken():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("Hello, World_1: don't!", "hello world_1 don t"),
-        ("Füße café naïve 𝐱²", "füße café naïve 𝐱²"),
+        ("Hello, World_1: don't!", "hello world 1 don t"),
+        ("Füße café naïve 𝐱²", "füsse café naïve x2"),
+        ("cafe\u0301 ques\u00adtion ze\u200bro _so_ **bold**", "café question zero so bold"),
+        ("कि की किताब", "कि की किताब"),  # vowels are marks
         ("请用Python写一个函数,2024年。", "请 用 python 写 一 个 函 数 2024 年"),
         ("東京タワー・です", "東 京 タ ワ ー で す"),
         ("ภาษาไทย ๑", "ภ า ษ า ไ ท ย ๑"),
@@ -117,6 +127,23 @@ def test_what_is_found_does_not_depend_on_the_order_of_what_was_taken():
 )
 def test_words(text, words):
     assert words_of(text) == words.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Sort, please: 'a', \"b\"; then (c)!", "sort please a b then (c)"),
+        ("f ( x) = -2.", "f (x )=-2"),
+        ("well-known 1.5 and 1,5 don't", "well known 1 .5 and 1 5 don t"),
+        ("In C++ and C#?", "in c ++and c#"),
+        ("x \u2212 y² _z_", "x -y² z"),
+        ("用C++写。", "用 c ++写"),
+        ("!?", ""),
+        ("+", "+"),
+    ],
+)
+def test_tokens(text, tokens):
+    assert tokens_of(text) == tokens.split()
 
 
 def test_scripts_without_spaces_are_sieved_like_others():
@@ -133,9 +160,76 @@ def test_scripts_without_spaces_are_sieved_like_others():
     assert index.find(text[:20] + "问" + text[21:])[0] == "a"
 
 
+DIFFERENT = [
+    ("C++", "C#"),
+    ("12 + 5", "12 * 5"),
+    ("x < y", "x > y"),
+    ("f(x)=-2", "f(x)=2"),
+    ("f'(x)", "f(x)"),
+    ("x == y", "x != y"),
+    ("x == y", "x === y"),
+    ("x²", "x2"),
+    ("1.5", "1 5"),
+    ("n!", "n"),
+    ("5% of 20", "5 of 20"),
+    ("(a + b) * c", "a + b * c"),
+]
+
+
+@pytest.mark.parametrize("frame", ["{}", "What is {}?", "Please tell us what {} means, in short."])
+@pytest.mark.parametrize(("some", "other"), DIFFERENT)
+def test_short_texts_that_differ_in_a_sign_are_two(some, other, frame):
+    index = NearDuplicates(0.7)
+    index.add("a", frame.format(some))
+    assert index.find(frame.format(other)) is None
+    assert index.find(frame.format(some).upper()) == ("a", 1.0)
+
+
+def test_a_sign_that_differs_counts_like_a_number():
+    """In long texts both are near duplicates, as in a word; the threshold says from which length on."""
+    frame = "A shop has {} apples, and every one of them is sold to some other person at the market. How much is left?"
+    for changed in ("12 * 5", "13 + 5"):
+        index = NearDuplicates(0.7)
+        index.add("a", frame.format("12 + 5"))
+        name, overlap = index.find(frame.format(changed))
+        assert (name, overlap) == ("a", pytest.approx(21 / 25))
+    for count, is_near in ((12, False), (13, True)):  # tokens
+        words = WORDS[:count]
+        index = NearDuplicates(0.7)
+        index.add("a", " ".join(words))
+        assert (index.find(" ".join([*words[:5], "+" + words[5], *words[6:]])) is not None) == is_near
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_nearly_all_pairs_just_above_a_threshold_are_found(threshold):
+    """Texts whose overlap is between the threshold and 0.05 more, and below it: 400 of each."""
+    choice, index = random.Random(7), NearDuplicates(threshold)
+    above, below, number = [], [], 0
+    while min(len(above), len(below)) < 400:
+        words = choice.choices(WORDS, k=choice.randint(30, 60))
+        wanted = choice.uniform(threshold - 0.1, threshold + 0.05)
+        changed = list(words)
+        while overlap(" ".join(words), " ".join(changed)) > wanted:
+            changed[choice.randrange(len(words))] = choice.choice(WORDS)
+        real = overlap(" ".join(words), " ".join(changed))
+        number += 1
+        index.add(str(number), " ".join(words))
+        like = index.find(" ".join(changed))
+        assert like is None or like == (str(number), pytest.approx(real))
+        (above if real >= threshold else below).append(like is not None)
+    assert sum(above) >= 0.95 * len(above)
+    assert not any(below)
+
+
+def test_thresholds_that_are_too_low_are_refused():
+    FilterSettings(near_duplicate=0.4)
+    with pytest.raises(ValueError, match=r"near_duplicate\n.*greater than or equal to 0\.4"):
+        FilterSettings(near_duplicate=0.39)
+
+
 def test_the_same_words_are_a_duplicate_whatever_stands_between_them():
     index = NearDuplicates(0.7)
-    index.add("a", "Sort this list: 3, 1, 2!")
+    index.add("a", "Sort this list: 3, 1, 2.")
     assert index.find("sort THIS list 3 1 2") == ("a", 1.0)
     assert index.find("sort THIS list 3 1 2", but="a") is None
     assert index.find("Hello") is None
@@ -157,7 +251,53 @@ def test_contamination_is_words_in_a_row():
     assert contamination.find(" ".join([*choice.choices(WORDS, k=9), *words[11:23], "and more"])) is None
     assert contamination.find(inside.upper().replace(" ", ", ")) is not None
     assert contamination.find("what is the capital of france, today") is not None
-    assert contamination.find("Tell me what is the capital of France today?") is None  # too short to be sure
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda words: unicodedata.normalize("NFD", " ".join(words)),
+        lambda words: " ".join(word[:2] + "\u00ad" + word[2:] for word in words),
+        lambda words: " ".join(word[:1] + "\u200b\u2060" + word[1:] for word in words),
+        lambda words: " ".join(f"_{word}_" for word in words),
+        lambda words: " ".join(f"**{word}**" for word in words),
+        lambda words: "".join(chr(ord(c) + 0xFEE0) if "a" <= c <= "z" else c for c in " ".join(words)),
+        lambda words: " ".join(words).upper(),
+    ],
+)
+def test_a_benchmark_is_found_however_it_is_written(disguise):
+    words = words_of("wie weit fährt die große Bahn über den Fluß bis nach Köln hinüber")
+    assert len(words) == 13
+    contamination = Contamination(13)
+    contamination.add("bench", [" ".join(words)])
+    assert contamination.find("Und: " + disguise(words)) is not None
+    assert contamination.find("Und: " + disguise(words[:12])) is None
+    other = Contamination(13)
+    other.add("bench", [disguise(words)])
+    assert other.find("Und: " + " ".join(words)) is not None
+
+
+def test_short_benchmark_texts_are_found_whole():
+    contamination = Contamination(13)
+    contamination.add("bench", [" ".join(WORDS[:count]) for count in range(1, 13)])  # all with one beginning
+    contamination.add("other", ["Why is the sky blue?", " ".join(WORDS[20:28])])
+    for count, around, is_found in [
+        (4, 0, False),
+        (5, 0, True),
+        (5, 5, True),  # half of the words
+        (5, 6, False),
+        (7, 7, True),
+        (7, 8, False),
+        (8, 40, True),
+        (12, 40, True),
+    ]:
+        text = " ".join(["please", *WORDS[:count], *["again"] * (around - 1)] if around else WORDS[:count])
+        finding = contamination.find(text)
+        assert (finding is not None) == is_found, (count, around)
+    assert contamination.find("Tell me, why is the sky blue").detail == "other: why is the sky blue"
+    assert contamination.find("x " * 30 + " ".join(WORDS[20:28])).detail == "other: " + " ".join(WORDS[20:28])
+    assert contamination.find("x " * 30 + " ".join(WORDS[20:27])) is None
+    assert contamination.find(" ".join([*WORDS[20:24], "new", *WORDS[24:28]])) is None  # a word added within
 
 
 def test_benchmarks_are_read_from_all_fields(tmp_path):
