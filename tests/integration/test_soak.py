@@ -31,6 +31,9 @@ def test_the_server_stands_many_clients(tmp_path, tokenizer, seconds):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert metrics["problems"] == metrics["requests/wrong"] == 0
-    assert min(metrics[f"requests/{kind}"] for kind in ("good", "leaving", "erring")) > 10
+    # Every client had its turn; what it did first follows from the seed, however slow the machine is.
+    counts = [metrics[f"requests/{kind}"] for kind in ("good", "leaving", "erring")]
+    assert min(counts) > 3
+    assert sum(counts) >= 64
     assert metrics["status/400"] > 0
     assert "status/500" not in metrics

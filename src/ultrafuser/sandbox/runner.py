@@ -42,10 +42,12 @@ class Limits:
     Attributes:
         wall_s: seconds.
         cpu_s: seconds of a processor, of one process.
-        memory_bytes: of all its processes together, and of the addresses of each.
+        memory_bytes: of all its processes together (what they share after a fork counts for each), and of the
+            addresses of each.
         disk_bytes: of its temporary folder, and again of memory that its processes share by name; both are in memory,
             but do not count for `memory_bytes`.
-        processes: at once; their threads may be eight times as many.
+        processes: at once, itself included; their threads may be eight times as many.
+        descriptors: of open files and sockets, of one process.
         output_bytes: of standard output and standard error together.
     """
 
@@ -53,7 +55,8 @@ class Limits:
     cpu_s: int = 10
     memory_bytes: int = 2**30
     disk_bytes: int = 2**24
-    processes: int = 16
+    processes: int = 20
+    descriptors: int = 256
     output_bytes: int = 2**16
 
     def __post_init__(self) -> None:
@@ -93,8 +96,9 @@ class _BrokenError(UltrafuserError):
 class Sandbox:
     """Runs Python programs that nobody has read.
 
-    A program has a process of its own, and sees no network, no other process and no file but those of its Python
-    (which it cannot change) and of an empty folder, /tmp, which is where it starts and ends with it. Its processes may
+    A program has a process of its own, and sees no network, no other process and no file but programs and libraries
+    of the system and of its Python (which it cannot change) and those of an empty folder, /tmp, which is where it
+    starts and ends with it. Its processes may
     talk to each other by sockets and by shared memory that has a file or a name; without, as Python's `mmap(-1, ...)`
     has it, nobody could count it, and the kernel refuses it. Its environment holds nothing of ours. Bubblewrap opens
     the sandbox where it is installed, the kernel's namespaces do otherwise.
@@ -133,7 +137,8 @@ class Sandbox:
         """Run a program; several may run at once, from several threads.
 
         Args:
-            code: Python, of any length; what is no Python, or not even text, fails as Python would have it fail.
+            code: Python, of any length that `Limits.disk_bytes` allows, as it is a file there; what is no Python, or
+                not even text, fails as Python would have it fail.
             stdin: what it reads from standard input.
 
         Raises:

@@ -4,13 +4,14 @@ A script of the standard library alone, started by `runner.py` as
 
     python -I -S warden.py DESCRIPTOR
 
-with one line of JSON to be read from that descriptor, and written with `Report`'s fields to the one named in it. It is
+with JSON to be read from that descriptor, and written, with how the program ended, to the one named in it. It is
 process 1 of a namespace of its own, so that everything the program leaves behind ends with it.
 """
 
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import os
 import platform
@@ -20,11 +21,16 @@ import stat
 import struct
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 POLL_S = 0.02
 MAX_FILES = 4096
 SOCKET_BYTES = 2**18  # that the kernel lets one hold, TCP's aside
+TCP_BYTES = (
+    2**22,
+    6 * 2**20,
+)  # sent and received, unless the kernel says otherwise; even for a single byte each
 OLD_ROOT = "/.old"
 STACK_BYTES = 2**22
 """Of each thread, the first included: sixty are then a quarter of 1 GiB of addresses, and recursion through C still
@@ -47,11 +53,15 @@ MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB, MADV_PAGEOUT = 1, 0x20, 0x40000, 21
 SOL_SOCKET, SO_SNDBUF, SO_RCVBUF, PRIO_USER = 1, 7, 8, 2
 
 # What no program that computes something needs: memory that belongs to no process (shared memory without a file, pages
-# given to a pipe, attributes of files), other processes' memory and priority, keys, mounts, namespaces, modules of the
-# kernel, and its youngest interfaces. Numbers on x86-64 and on 64-bit ARM.
+# given to a pipe or from it to a socket, attributes of files, rules), what watches the host's files, other processes'
+# memory and priority, keys, mounts, namespaces, modules of the kernel, and its youngest interfaces. Numbers on x86-64
+# and on 64-bit ARM.
 FORBIDDEN = {
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "userfaultfd": (323, 282), "vmsplice": (278, 75),
+    "splice": (275, 76), "tee": (276, 77), "sendfile": (40, 71),
+    "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
+    "inotify_init": (253, 26), "inotify_init1": (294, 26),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "pidfd_getfd": (438, 438), "kcmp": (312, 272), "perf_event_open": (298, 241), "bpf": (321, 280),
@@ -246,7 +256,7 @@ def become_program(task: dict[str, Any], said: int) -> NoReturn:
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
         (resource.RLIMIT_NPROC, 8 * limits["processes"]),  # of threads; the warden counts processes
-        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_NOFILE, limits["descriptors"]),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_MEMLOCK, 0),  # of what sockets send without copying it, too
@@ -277,7 +287,7 @@ def become_program(task: dict[str, Any], said: int) -> NoReturn:
     environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment["MALLOC_ARENA_MAX"] = "1"  # each thread's own would take 64 MiB of the addresses
     os.write(said, b"+")
-    os.execve(task["python"], [task["python"], "-I", *task["options"], task["program"]], environment)
+    os.execve(task["python"], [task["python"], *task["options"], task["program"]], environment)
 
 
 def num_files(folders: list[str]) -> int:
@@ -303,7 +313,7 @@ def all_pages(folder: str) -> int:
 
 
 def socket_bytes() -> int:
-    """That sockets hold at most, which is no process' memory; TCP alone has buffers that grow."""
+    """That sockets hold at most, which is no process' memory; TCP alone has buffers that grow, once it has some."""
     held = 0
     with contextlib.suppress(FileNotFoundError):  # a kernel without that, or without IPv6
         with open("/proc/net/sockstat", "rb", buffering=0) as file:
@@ -311,8 +321,20 @@ def socket_bytes() -> int:
         for name in ("tcp", "tcp6") if held else ():
             with open(f"/proc/net/{name}") as lines:
                 next(lines)
-                held += sum(int(size, 16) for line in lines for size in line.split()[4].split(":"))
+                for line in lines:
+                    queues = line.split()[4].split(":")
+                    held += sum(
+                        most for most, queue in zip(tcp_bytes(), queues, strict=True) if int(queue, 16)
+                    )
     return held
+
+
+@functools.cache
+def tcp_bytes() -> tuple[int, ...]:
+    """That a TCP socket holds at most of what it sends, and of what it receives."""
+    with contextlib.suppress(OSError):
+        return tuple(int(Path(f"/proc/sys/net/ipv4/tcp_{name}mem").read_text().split()[2]) for name in "wr")
+    return TCP_BYTES
 
 
 def usage() -> tuple[int, int]:
@@ -328,7 +350,10 @@ def watch(child: int, task: dict[str, Any]) -> tuple[str, int]:
     end_s = time.monotonic() + limits["wall_s"]
     while True:
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.wait4(-1, os.WNOHANG))[0]:
+            for _ in range(256):  # limits are looked at, however fast processes end
+                ended = os.wait4(-1, os.WNOHANG)
+                if not ended[0]:
+                    break
                 if ended[0] == child:
                     code, used = os.waitstatus_to_exitcode(ended[1]), ended[2]
                     # The limit goes by ticks of a clock, which may be far from what was really used.

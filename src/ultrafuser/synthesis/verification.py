@@ -4,6 +4,7 @@ What cannot be told is not held against a response: a wrong one that stays costs
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -104,8 +105,11 @@ def _failure(result: Result, mark: str) -> tuple[list[list[str]], str]:
     """The error that ended a program and those that led to it (each with all that it is a kind of), and its text."""
     _, found, said = result.stderr.rpartition(mark)
     if found and result.outcome == "ended":  # otherwise it may be cut off
-        told, _ = json.JSONDecoder().raw_decode(said)
-        return told["kinds"], told["text"]
+        with contextlib.suppress(
+            ValueError, TypeError, KeyError, IndexError
+        ):  # the program may have written it, too
+            told, _ = json.JSONDecoder().raw_decode(said)
+            return [[str(name) for name in kind] for kind in told["kinds"] if kind], str(told["text"])
     last = result.stderr.strip().splitlines()[-1:] or [""]
     return [], last[0]
 

@@ -36,6 +36,19 @@ def sandbox():
 
 
 @pytest.mark.parametrize(
+    "told",
+    [
+        "open(__file__).read()",
+        *(f"mark + {text!r}" for text in ("{", "[]", '{"kinds": 3}', '{"kinds": [[]], "text": 1}')),
+    ],
+)
+def test_a_program_that_writes_the_mark_itself_is_no_error_of_ours(sandbox, told):
+    find = "import os, re, sys\nmark = re.findall('[0-9a-f]{32}', open(__file__).read())[-1]\n"
+    code = f"{find}sys.stderr.write({told}); sys.stderr.flush(); os._exit(1)"
+    assert code_problem(FENCED.format(code), sandbox) is not None
+
+
+@pytest.mark.parametrize(
     ("response", "problem"),
     [
         ("No code.", None),
