@@ -16,6 +16,8 @@ from typing import Any, Self
 from ultrafuser.errors import UltrafuserError
 
 FILE_NAME = "book.sqlite"
+MODEL_OF = "model of "
+"""A stage: how settings begin that may change until the stage is asked."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -126,7 +128,8 @@ class Book:
             settings: name -> JSON of everything that a result depends on.
 
         Raises:
-            UltrafuserError: another process has it open, or it was begun with other settings; they are named.
+            UltrafuserError: another process has it open, or it was begun with other settings; they are named. The
+                model of a stage that was never asked may be another one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,15 +155,24 @@ class Book:
         given = {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
         known = dict(self._connection.execute("SELECT name, value FROM settings WHERE name NOT LIKE '.%'"))
         changed = sorted(name for name in given.keys() | known.keys() if known.get(name) != given.get(name))
+        free = [name for name in changed if name.startswith(MODEL_OF) and not self._is_asked(name)]
+        changed = [name for name in changed if name not in free]
         if known and changed:
             raise UltrafuserError(
                 f"{folder} was begun with another recipe: {', '.join(changed)} changed. Go on with the old recipe, or "
                 "choose another folder."
             )
-        if not known:
-            with self._connection:
-                self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.executemany("INSERT INTO settings VALUES (?, ?)", given.items())
+        new = given.items() if not known else [(name, given[name]) for name in free]
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", new)
+
+    def _is_asked(self, name: str) -> bool:
+        """Whether there is anything that depends on the model of a stage."""
+        stage = name.removeprefix(MODEL_OF)
+        tables = ("calls", "unread", "unchecked")
+        query = " OR ".join(f"EXISTS (SELECT 1 FROM {table} WHERE key > ? AND key < ?)" for table in tables)
+        return bool(self._connection.execute(f"SELECT {query}", (f"{stage}/", f"{stage}0") * 3).fetchone()[0])
 
     def close(self) -> None:
         """Let go of it."""
@@ -219,17 +231,18 @@ class Book:
         Raises:
             UltrafuserError: the call is over already.
         """
-        is_read = problem is None
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("DELETE FROM unchecked WHERE key = ?", (key,))
-            if is_read:
+            if problem is None:
                 self._finish_call(
                     (key, stage, model, reading + 1, reply.text, reply.finish, None, reply.seconds)
                 )
+                self._spend(stage, model, answers=1)
             else:
-                self._connection.execute("INSERT INTO unread VALUES (?, ?, ?)", (key, reading, problem))
-            self._spend(stage, model, answers=int(is_read), unread=int(not is_read))
+                row = (key, reading, _whole(problem))
+                self._connection.execute("INSERT INTO unread VALUES (?, ?, ?)", row)
+                self._spend(stage, model, unread=1)
 
     def spend(self, stage: str, model: str, input_tokens: int, output_tokens: int) -> None:
         """Write down what was paid for something else than an answer."""
@@ -261,7 +274,7 @@ class Book:
         """
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._finish_call((key, stage, model, readings, None, None, reason, 0.0))
+            self._finish_call((key, stage, model, readings, None, None, _whole(reason), 0.0))
 
     def _finish_call(self, row: tuple[Any, ...]) -> None:
         try:
@@ -280,14 +293,19 @@ class Book:
         row = self._connection.execute("SELECT reason FROM calls WHERE key = ?", (key,)).fetchone()
         return "" if row is None or row[0] is None else row[0]
 
-    def is_answered(self, stage: str) -> bool:
-        """Whether any call of a stage has ever been answered, readably or not."""
-        keys = (f"{stage}/", f"{stage}0")  # the sign behind the slash
-        query = (
-            "SELECT EXISTS (SELECT 1 FROM calls WHERE key > ? AND key < ? AND answer IS NOT NULL) "
-            "OR EXISTS (SELECT 1 FROM unread WHERE key > ? AND key < ?)"
+    def num_calls(self, stage: str, domain: str) -> tuple[int, int]:
+        """Calls of a stage in a domain that were ever answered, readably or not, and those that never were."""
+        keys = (f"{stage}/{domain}/", f"{stage}/{domain}0")  # the sign behind the slash
+        answered, never = (
+            self._connection.execute(query, keys * 2).fetchone()[0]
+            for query in (
+                "SELECT COUNT(*) FROM (SELECT key FROM calls WHERE key > ? AND key < ? AND answer IS NOT NULL "
+                "UNION SELECT key FROM unread WHERE key > ? AND key < ?)",
+                "SELECT COUNT(*) FROM calls WHERE key > ? AND key < ? AND answer IS NULL "
+                "AND key NOT IN (SELECT key FROM unread WHERE key > ? AND key < ?)",
+            )
         )
-        return bool(self._connection.execute(query, keys * 2).fetchone()[0])
+        return answered, never
 
     def next_round(self, stage: str, domain: str) -> int | None:
         """The round that a stage has to go on with in a domain; None when it is done."""
@@ -369,3 +387,8 @@ class Book:
         """What was spent so far."""
         query = "SELECT stage, model, answers, unread, input_tokens, output_tokens FROM spending ORDER BY stage, model"
         return [Spent(*row) for row in self._connection.execute(query)]
+
+
+def _whole(text: str) -> str:
+    """A text with halves of characters replaced, which no file can hold; programs may fail with any."""
+    return text.encode(errors="replace").decode()

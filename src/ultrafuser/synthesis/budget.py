@@ -32,7 +32,7 @@ class Account:
         self._budget = budget
         self.tokens, self.money = 0, 0.0
         self._promised_tokens, self._promised_money, self._num_promised = 0, 0.0, 0
-        self._released = asyncio.Event()
+        self._waiting: list[asyncio.Event] = []
 
     async def room(self, call: Call, model: ModelSettings) -> None:
         """Wait until a request can be promised: those under way hardly ever cost what they may.
@@ -43,8 +43,9 @@ class Account:
         while (problem := self._problem(call, model)) is not None:
             if not self._num_promised:
                 raise BudgetError(problem)
-            self._released.clear()
-            await self._released.wait()
+            released = asyncio.Event()
+            self._waiting.append(released)
+            await released.wait()
 
     @contextmanager
     def promise(self, call: Call, model: ModelSettings) -> Iterator[None]:
@@ -65,7 +66,8 @@ class Account:
             self._promised_tokens -= tokens
             self._promised_money -= money
             self._num_promised -= 1
-            self._released.set()
+            while self._waiting:
+                self._waiting.pop().set()
 
     def spend(self, model: ModelSettings, input_tokens: int, output_tokens: int) -> None:
         """Note what an answer has cost."""

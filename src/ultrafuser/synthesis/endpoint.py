@@ -46,7 +46,7 @@ class _AskingError(UltrafuserError):
 
     Attributes:
         lost: attempts that ended without one, but may have to be paid.
-        seconds: since the first attempt.
+        seconds: since the last attempt began.
     """
 
     def __init__(self, message: str, *, lost: int = 0, seconds: float = 0.0) -> None:
@@ -216,12 +216,10 @@ class Endpoint:
         """
         pause_s, structured = _FIRST_PAUSE_S, self.structured
         attempts = refusals = lost = 0
-        first_s = math.inf
         most_refusals = self._settings.attempts if is_patient else _REFUSALS
         while True:
             async with self.limiter.slot():
                 started_s = time.monotonic()
-                first_s = min(first_s, started_s)
                 try:
                     reply = await asyncio.wait_for(
                         self._request(question, model, structured), self._settings.timeout_s
@@ -253,7 +251,7 @@ class Endpoint:
                         raise UnansweredError(
                             f"{self._settings.base_url} refuses it: {_said(error)}",
                             lost=lost,
-                            seconds=time.monotonic() - first_s,
+                            seconds=time.monotonic() - started_s,
                         ) from error
                     if status == 429:
                         self.limiter.refused(_asked_pause_s(error), started_s)
@@ -272,7 +270,7 @@ class Endpoint:
                 raise UnansweredError(
                     f"{self._settings.base_url} has failed at it {said}",
                     lost=lost,
-                    seconds=time.monotonic() - first_s,
+                    seconds=time.monotonic() - started_s,
                 ) from failure
             await asyncio.sleep(pause_s * self._chance.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -18,7 +18,7 @@ from ultrafuser.errors import UltrafuserError
 from ultrafuser.progress import ProgressBar
 from ultrafuser.sandbox import Sandbox
 from ultrafuser.synthesis.answers import UnreadableError, schema_of
-from ultrafuser.synthesis.book import Book, Reply
+from ultrafuser.synthesis.book import MODEL_OF, Book, Reply
 from ultrafuser.synthesis.budget import Account, BudgetError
 from ultrafuser.synthesis.cluster import MOST, Cluster
 from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
@@ -62,7 +62,7 @@ def settings_of(recipe: SynthesisRecipe, prompts: Prompts) -> dict[str, Any]:
     )
     models = {}
     for stage in STAGES:
-        models[f"model of {stage.name}"] = recipe.model_for(stage.name).model_dump(
+        models[f"{MODEL_OF}{stage.name}"] = recipe.model_for(stage.name).model_dump(
             mode="json", exclude={"price"}
         )
     domains = {f"domains.{name}": value for name, value in settings.pop("domains").items()}
@@ -203,7 +203,7 @@ class Pipeline:
             await self._ask_cluster(asked, stage, waiting, finish)
         else:
             await self._ask_endpoint(asked, stage, waiting, finish)
-        self._refusals.end_round()
+        await self._refusals.end_round()
 
     async def _ask_endpoint(
         self, endpoint: Endpoint, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]", finish: "_Finish"
@@ -269,13 +269,16 @@ class Pipeline:
                             failure = found[1]
                             self._refusals.spend(call, 0, 0, failure.lost)
                         else:
-                            self._receive(stage, call, found[1], -math.inf)  # clocks of machines differ
+                            self._receive(stage, line, call, found[1], -math.inf)  # clocks of machines differ
                             checks.create_task(check(line, call))
+            for key, error in unanswered:
+                self._refusals.spend(asked[key][1], 0, 0, error.lost)
             if failure is not None:
                 raise failure
+            asked_s = time.monotonic()  # all of them before that
             for key, error in unanswered:
                 line, call, question = asked[key]
-                if await self._unanswered(stage, line, call, question, error, finish):
+                if await self._unanswered(stage, line, call, question, asked_s, str(error), finish):
                     again.append((line, call))
             waiting = itertools.chain(again, waiting)
 
@@ -292,9 +295,11 @@ class Pipeline:
                 try:
                     with self._account.promise(call, model):
                         reply = await endpoint.ask(question, model)
-                        self._receive(stage, call, reply, time.monotonic() - reply.seconds)
+                        self._receive(stage, line, call, reply, time.monotonic() - reply.seconds)
                 except UnansweredError as error:
-                    if await self._unanswered(stage, line, call, question, error, finish):
+                    self._refusals.spend(call, 0, 0, error.lost)
+                    asked_s = time.monotonic() - error.seconds
+                    if await self._unanswered(stage, line, call, question, asked_s, str(error), finish):
                         continue
                     return
                 except EndpointError as error:
@@ -310,17 +315,17 @@ class Pipeline:
         line: "_Line",
         call: Call,
         question: Question,
-        error: UnansweredError,
+        asked_s: float,
+        reason: str,
         finish: "_Finish",
     ) -> bool:
         """Whether a call that was not answered has to be asked again; otherwise it is over, now or later."""
 
         def give_up() -> None:
-            self._give_up(stage, call, str(error))
+            self._give_up(stage, call, reason)
             finish(line, call)
 
-        self._refusals.spend(call, 0, 0, error.lost)
-        return await self._refusals.unanswered(call, question, error, give_up)
+        return await self._refusals.unanswered(line.domain, call, question, asked_s, reason, give_up)
 
     def _question(self, stage: Stage, call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up."""
@@ -331,13 +336,13 @@ class Pipeline:
         schema = None if call.kind is None else schema_of(call.kind)
         return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
 
-    def _receive(self, stage: Stage, call: Call, reply: Reply, asked_s: float) -> None:
+    def _receive(self, stage: Stage, line: "_Line", call: Call, reply: Reply, asked_s: float) -> None:
         """Write an answer down, which may then wait for being looked at."""
         model = self._recipe.model_for(stage.name)
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
         self._refusals.spend(call, 0, 0, reply.lost)
-        self._refusals.answered(call.kind is not None, asked_s)
+        self._refusals.answered(line.domain, call.kind is not None, asked_s)
 
     async def _check(self, stage: Stage, call: Call) -> bool:
         """Look at an answer that has come; whether the call is over."""

@@ -64,7 +64,7 @@ class EndpointSettings(RecipeSection):
     attempts: int = Field(
         default=10,
         ge=1,
-        description="at a request that is refused for a while, fails or is cut, before the run stops",
+        description="at a request that is refused for a while, fails or is cut, before it counts as unanswered",
     )
     structured: Literal["auto", "json_schema", "json_object", "none"] = Field(
         default="auto", description="what the server knows of answers in JSON; auto finds out, in this order"

@@ -1,8 +1,8 @@
 """Questions that got no answer: is it the question, or does the endpoint answer nobody?
 
-Giving a question up is final, so it has to be sure. One that was not answered is asked again, and between both times
-the endpoint must have answered something of the same form, if nothing else a question that nobody could refuse. And
-where many questions of a stage are refused, some must have been answered: perhaps the stage's prompts are at fault.
+Giving a question up is final, so it has to be sure. One that was not answered is asked again, and after each time the
+endpoint must have answered something of the same form, if nothing else a question that nobody could refuse. And where
+more questions of a stage and domain are refused than answered, it is not the questions' fault: the run ends then.
 """
 
 import asyncio
@@ -20,14 +20,19 @@ from ultrafuser.synthesis.stages import Call
 _SIMPLE = (
     {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."},
 )
-_MOST_HELD = 50
-"""Questions that may be refused one after the other, while only simple ones are answered."""
-_MOST_BEFORE_ANY = 10
-"""Questions of a stage that may be refused before any of it has ever been answered."""
+_FEW = 10
+"""Questions of a stage and domain that may be refused, however few were answered."""
+_MOST_HELD = 1000
+"""Questions that may be refused before anything is answered."""
 
 
 class _Held(NamedTuple):
+    """A question that was refused twice."""
+
+    domain: str
     call: Call
+    question: Question
+    asked_s: float
     reason: str
     give_up: Callable[[], None]
 
@@ -59,27 +64,43 @@ class Refusals:
             True: -math.inf,
             False: -math.inf,
         }  # wants JSON? -> when what was answered was asked
+        self._counts: dict[
+            str, list[int]
+        ] = {}  # by domain: calls that were ever answered, and that never were
+        self._is_answered = False  # anything, since the start
         self._asking = asyncio.Lock()
 
-    def answered(self, wants_json: bool, asked_s: float) -> None:
+    def answered(self, domain: str, wants_json: bool, asked_s: float) -> None:
         """A question of the stage was answered.
 
         Args:
+            domain: of it.
             wants_json: whether its answer had to be JSON.
             asked_s: when, by the monotonic clock; minus infinity where nobody knows.
         """
+        self._is_answered = True
+        self._counts_of(domain)[0] += 1
         self._answers_s[wants_json] = max(self._answers_s[wants_json], asked_s)
-        self._give_up_held()
+        if self._held:
+            self._give_up({one.domain for one in self._held if self._is_the_questions_fault(one.domain)})
 
     async def unanswered(
-        self, call: Call, question: Question, error: UnansweredError, give_up: Callable[[], None]
+        self,
+        domain: str,
+        call: Call,
+        question: Question,
+        asked_s: float,
+        reason: str,
+        give_up: Callable[[], None],
     ) -> bool:
         """A question of the stage was not answered.
 
         Args:
+            domain: of it.
             call: that asked.
             question: that.
-            error: why there is no answer.
+            asked_s: when, for the last time.
+            reason: why there is no answer.
             give_up: called when that is final; then the call is over.
 
         Returns:
@@ -91,28 +112,47 @@ class Refusals:
         """
         if call.key not in self._doubted:
             self._doubted.add(call.key)
-            await self._make_sure(call, question, time.monotonic() - error.seconds)
+            await self._make_sure(call, question, asked_s)
             return True
-        self._held.append(_Held(call, str(error), give_up))
-        if len(self._held) >= _MOST_HELD:
-            raise EndpointError(self._nothing_but_simple())
+        self._held.append(_Held(domain, call, question, asked_s, reason, give_up))
+        if len(self._held) >= _MOST_HELD and not self._is_answered:
+            raise EndpointError(self._nothing_but_simple(self._held))
         return False
 
-    def end_round(self) -> None:
+    async def end_round(self) -> None:
         """Give up what was refused for good.
 
         Raises:
-            EndpointError: many questions of the stage were refused, and none has ever been answered.
+            EndpointError: the endpoint answers nobody, or refuses more of a domain than it answers.
         """
-        if self._held and not self._book.is_answered(self._stage):
-            given_up = sum(count for stage, _, count in self._book.given_up() if stage == self._stage)
-            if given_up + len(self._held) >= _MOST_BEFORE_ANY:
-                raise EndpointError(self._nothing_but_simple())
-        self._give_up_held()
+        for domain in dict.fromkeys(one.domain for one in self._held):
+            held = [one for one in self._held if one.domain == domain]
+            if not self._is_the_questions_fault(domain):
+                raise EndpointError(self._nothing_but_simple(held))
+            for one in held:
+                await self._make_sure(one.call, one.question, one.asked_s)
+            self._give_up({domain})
 
-    def _give_up_held(self) -> None:
-        while self._held:
-            self._held.pop(0).give_up()
+    def _is_the_questions_fault(self, domain: str) -> bool:
+        """Whether few questions of a domain are refused, or fewer than are answered."""
+        held = sum(one.domain == domain for one in self._held)
+        answered, refused = self._counts_of(domain)
+        return held + refused < _FEW or held + refused <= answered
+
+    def _counts_of(self, domain: str) -> list[int]:
+        if domain not in self._counts:
+            self._counts[domain] = list(self._book.num_calls(self._stage, domain))
+        return self._counts[domain]
+
+    def _give_up(self, domains: set[str]) -> None:
+        """Give up those that were refused while others of the same form were answered."""
+        held, self._held = self._held, []
+        for one in held:
+            if one.domain in domains and self._answers_s[one.question.schema is not None] > one.asked_s:
+                one.give_up()
+                self._counts_of(one.domain)[1] += 1
+            else:
+                self._held.append(one)
 
     async def _make_sure(self, call: Call, question: Question, since_s: float) -> None:
         """Wait until the endpoint has answered something of this form that was asked since then."""
@@ -130,11 +170,12 @@ class Refusals:
                     if isinstance(error, EndpointError):
                         raise
                     raise EndpointError(
-                        f"not even the simplest question is answered: {error}. Mend the recipe or the "
-                        "server, and run the same command again; nothing is lost."
+                        f"not even the simplest question is answered: {error}. Mend the server, or what the recipe "
+                        "says of it or of the stage's model, and run the same command again; nothing is lost."
                     ) from error
             self.spend(simple, reply.input_tokens, reply.output_tokens, reply.lost)
-            self._answers_s[wants_json] = max(self._answers_s[wants_json], time.monotonic() - reply.seconds)
+            asked_s = time.monotonic() - reply.seconds
+            self._answers_s[wants_json] = max(self._answers_s[wants_json], asked_s)
 
     def spend(self, call: Call, input_tokens: int, output_tokens: int, lost: int) -> None:
         """Write down what was paid for other things than answers, and what may have to be paid for lost attempts."""
@@ -144,9 +185,9 @@ class Refusals:
             self._book.spend(self._stage, self._model.model, read, written)
             self._account.spend(self._model, read, written)
 
-    def _nothing_but_simple(self) -> str:
+    def _nothing_but_simple(self, held: list[_Held]) -> str:
         return (
-            f"the endpoint answers simple questions, but refuses those of the stage {self._stage} one after the other "
-            f"({len(self._held)}), at last: {self._held[-1].reason}. Mend the recipe, its prompts or the server, and "
-            "run the same command again; nothing is lost."
+            f"the endpoint answers simple questions, but refuses more of the stage {self._stage} in {held[-1].domain} "
+            f"than it answers ({len(held)} now), at last: {held[-1].reason}. Mend the server, or what the recipe says "
+            "of it or of the stage's model, and run the same command again; nothing is lost."
         )

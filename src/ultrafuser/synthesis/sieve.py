@@ -61,7 +61,10 @@ def _patterns(word: str, sign: str) -> tuple[re.Pattern[str], re.Pattern[str], r
 
 _ANY, _ASCII = _patterns(_WORD, _SIGN), _patterns("[a-z0-9]+", r"[^a-z0-9\s]")
 """The second for text of ASCII only, which is faster."""
-_FENCED = re.compile(r"```.*?(```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_FENCED = re.compile(
+    r"```.*?(```|\Z)|`[^`\n]*`|\$\$.{0,2000}?\$\$|\$[^$\n]*\$|\\\(.{0,2000}?\\\)|\\\[.{0,2000}?\\\]",
+    re.DOTALL,
+)
 _LEAST_WORDS_FOR_LANGUAGE = 8
 LEAST_WORDS_OF_PART, LEAST_WORDS_OF_MOST = 8, 5
 """Of a benchmark's text that is shorter than an n-gram and counts wherever it is repeated; and of one that counts where

@@ -624,4 +624,4 @@ def _stride(total: int) -> int:
 
 
 def _same(name: str) -> str:
-    return " ".join(tokens_of(name))
+    return " ".join(tokens_of(name.lstrip("#•- \n").strip("*_ \n"))) if words_of(name) else ""

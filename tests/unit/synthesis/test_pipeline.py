@@ -1,5 +1,6 @@
 """Whole runs against a server that answers like an OpenAI endpoint, a process of its own that fails on demand."""
 
+import asyncio
 import json
 import random
 import signal
@@ -16,11 +17,14 @@ import pytest
 import yaml
 
 from ultrafuser.errors import UltrafuserError
-from ultrafuser.synthesis.budget import BudgetError
-from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, UnansweredError
+from ultrafuser.synthesis.book import Book, Reply
+from ultrafuser.synthesis.budget import Account, BudgetError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
 from ultrafuser.synthesis.export import export
 from ultrafuser.synthesis.pipeline import STAGES, Pipeline
-from ultrafuser.synthesis.recipe import read_synthesis_recipe
+from ultrafuser.synthesis.recipe import Budget, ModelSettings, read_synthesis_recipe
+from ultrafuser.synthesis.refusals import Refusals
+from ultrafuser.synthesis.stages import Call
 from ultrafuser.training.data import read_conversations
 
 SERVER = Path(__file__).resolve().parents[3] / "benchmarks" / "chat_server.py"
@@ -340,16 +344,106 @@ def test_prompts_that_nobody_answers_end_the_run(clean, serve, tmp_path, monkeyp
     path = write_recipe(tmp_path, serve())
     with monkeypatch.context() as patch:
         patch.setattr(Endpoint, "ask", picky)
-        message = (
-            rf"answers simple questions, but refuses those of the stage {stage}.*max_tokens is too large"
-        )
+        message = rf"answers simple questions, but refuses more of the stage {stage}.*max_tokens is too large"
         for _ in range(2):
             with pytest.raises(EndpointError, match=message):
                 run(path, tmp_path / "run")
-    assert len([row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]) < 10
+    assert len([row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]) < 20
     if stage == "responses":
         run(path, tmp_path / "run")
         assert items(tmp_path / "run") == items(clean[0])
+
+
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_refusals_may_lie_together(serve, tmp_path, monkeypatch, concurrency):
+    """A server that does not want to speak about the first topic: those are given up, all others are there."""
+    refused = set()
+
+    async def picky(self, question, model, *, is_patient=False):
+        if question.schema is None and not is_patient and (len(refused) < 15 or question.seed in refused):
+            refused.add(question.seed)
+            raise UnansweredError("not that")
+        return await ASK(self, question, model)
+
+    monkeypatch.setattr(Endpoint, "ask", picky)
+    run(write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency}), tmp_path / "run")
+    given_up = [row[0] for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
+    assert len(given_up) == 15
+    made = [(stage, domain) for stage, domain, *_ in items(tmp_path / "run")]
+    assert made.count(("responses", "code")) == 25
+
+
+def test_what_is_answered_by_others_before_a_failure_is_no_evidence(tmp_path):
+    """Only an answer to what was asked after a question was refused shows that it is the question's own fault."""
+    given_up, asked = [], []
+
+    async def story():
+        async def ask(question, model):
+            asked.append(question)
+            return Reply("yes", "stop", 1, 1, 0.0)
+
+        book = Book.open(tmp_path, {})
+        model = ModelSettings(model="m")
+        refusals = Refusals("responses", model, ask, book, Account(Budget()))
+        call = Call("responses/text/0/0", [{"role": "user", "content": "hello"}], None)
+        question = Question(call.messages, None, 0)
+        refused = ("text", call, question)
+        assert await refusals.unanswered(*refused, 10.0, "no", lambda: given_up.append(1))
+        assert len(asked) == 1
+        later_s = time.monotonic() + 100
+        assert not await refusals.unanswered(*refused, later_s, "no", lambda: given_up.append(1))
+        refusals.answered("text", False, later_s - 1)
+        refusals.answered("text", True, later_s + 1)  # of another form
+        assert not given_up
+        refusals.answered("text", False, later_s + 1)
+        assert given_up == [1]
+        book.close()
+
+    asyncio.run(story())
+
+
+def test_a_stage_that_was_never_asked_may_have_another_model(clean, serve, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, serve())
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[-1], "plan", lambda *_: (_ for _ in ()).throw(UltrafuserError("enough")))
+        with pytest.raises(UltrafuserError, match="enough"):
+            run(path, tmp_path / "run")
+    path = write_recipe(tmp_path, serve(), stages={"meta_topics": {"max_tokens": 99}})
+    with pytest.raises(UltrafuserError, match="another recipe: model of meta_topics changed"):
+        Pipeline(read_synthesis_recipe(path), tmp_path / "run")
+    path = write_recipe(tmp_path, serve(), stages={"responses": {"max_tokens": 99}})
+    run(path, tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+    with pytest.raises(UltrafuserError, match="another recipe: model of responses changed"):
+        Pipeline(read_synthesis_recipe(write_recipe(tmp_path, "http://127.0.0.1:9")), tmp_path / "run")
+
+
+def test_reasons_are_such_that_a_file_can_hold_them(tmp_path):
+    book = Book.open(tmp_path, {})
+    book.receive("responses/text/0/0", "responses", "m", Reply("text", "stop", 1, 1, 0.0))
+    reply = book.unchecked("responses/text/0/0")
+    book.record("responses/text/0/0", "responses", "m", 0, reply, "half a character: \ud83d")
+    assert book.problems("responses/text/0/0") == ["half a character: ?"]
+    book.give_up("responses/text/0/0", "responses", "m", 1, "\ud83d")
+    assert book.reason("responses/text/0/0") == "?"
+    book.close()
+
+
+def test_who_waits_for_room_in_a_budget_may_do_so_in_every_run():
+    account = Account(Budget(tokens=30))
+    call = Call("responses/text/0/0", [{"role": "user", "content": "hello"}], None)
+    model = ModelSettings(model="m", max_tokens=20)
+
+    async def both():
+        async def one():
+            await account.room(call, model)
+            with account.promise(call, model):
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(one(), one(), one())
+
+    for _ in range(2):
+        asyncio.run(asyncio.wait_for(both(), 10))
 
 
 def test_the_same_pipeline_goes_on_as_a_new_one_would(clean, serve, tmp_path, monkeypatch):
