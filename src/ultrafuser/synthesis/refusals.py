@@ -2,12 +2,14 @@
 
 Giving a question up is final, so it has to be sure. One that was not answered is asked again, and after each time the
 endpoint must have answered something of the same form, if nothing else a question that nobody could refuse. And where
-more questions of a stage and domain are refused than answered, it is not the questions' fault: the run ends then.
+more questions of a stage and domain are refused in one round than were ever answered, it is not the questions' fault:
+the run ends then.
 """
 
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ _SIMPLE = (
     {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."},
 )
 _FEW = 10
-"""Questions of a stage and domain that may be refused, however few were answered."""
+"""Questions of a stage and domain that may be refused in a round, or before any is answered."""
 _MOST_HELD = 1000
 """Questions that may be refused before anything is answered."""
 
@@ -68,6 +70,7 @@ class Refusals:
             str, list[int]
         ] = {}  # by domain: calls that were ever answered, and that never were
         self._is_answered = False  # anything, since the start
+        self._given_up: Counter[str] = Counter()  # by domain, in this round
         self._asking = asyncio.Lock()
 
     def answered(self, domain: str, wants_json: bool, asked_s: float) -> None:
@@ -123,7 +126,7 @@ class Refusals:
         """Give up what was refused for good.
 
         Raises:
-            EndpointError: the endpoint answers nobody, or refuses more of a domain than it answers.
+            EndpointError: the endpoint answers nobody, or refuses more of a domain than it has answered.
         """
         for domain in dict.fromkeys(one.domain for one in self._held):
             held = [one for one in self._held if one.domain == domain]
@@ -132,12 +135,16 @@ class Refusals:
             for one in held:
                 await self._make_sure(one.call, one.question, one.asked_s)
             self._give_up({domain})
+        self._given_up.clear()
 
     def _is_the_questions_fault(self, domain: str) -> bool:
-        """Whether few questions of a domain are refused, or fewer than are answered."""
+        """Whether few questions of a domain are refused, or fewer than were answered.
+
+        A topic that is refused is asked for in every round, so that all rounds together say nothing.
+        """
         held = sum(one.domain == domain for one in self._held)
         answered, refused = self._counts_of(domain)
-        return held + refused < _FEW or held + refused <= answered
+        return held + (self._given_up[domain] if answered else refused) < max(_FEW, answered + 1)
 
     def _counts_of(self, domain: str) -> list[int]:
         if domain not in self._counts:
@@ -151,6 +158,7 @@ class Refusals:
             if one.domain in domains and self._answers_s[one.question.schema is not None] > one.asked_s:
                 one.give_up()
                 self._counts_of(one.domain)[1] += 1
+                self._given_up[one.domain] += 1
             else:
                 self._held.append(one)
 
@@ -188,6 +196,6 @@ class Refusals:
     def _nothing_but_simple(self, held: list[_Held]) -> str:
         return (
             f"the endpoint answers simple questions, but refuses more of the stage {self._stage} in {held[-1].domain} "
-            f"than it answers ({len(held)} now), at last: {held[-1].reason}. Mend the server, or what the recipe says "
-            "of it or of the stage's model, and run the same command again; nothing is lost."
+            f"than it has answered ({len(held)} now), at last: {held[-1].reason}. Mend the server, or what the recipe "
+            "says of it or of the stage's model, and run the same command again; nothing is lost."
         )
