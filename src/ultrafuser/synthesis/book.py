@@ -162,7 +162,7 @@ class Book:
                 f"{folder} was begun with another recipe: {', '.join(changed)} changed. Go on with the old recipe, or "
                 "choose another folder."
             )
-        new = given.items() if not known else [(name, given[name]) for name in free]
+        new = given.items() if not known else [(name, given[name]) for name in free if name in given]
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", new)
@@ -293,9 +293,12 @@ class Book:
         row = self._connection.execute("SELECT reason FROM calls WHERE key = ?", (key,)).fetchone()
         return "" if row is None or row[0] is None else row[0]
 
-    def num_calls(self, stage: str, domain: str) -> tuple[int, int]:
-        """Calls of a stage in a domain that were ever answered, readably or not, and those that never were."""
-        keys = (f"{stage}/{domain}/", f"{stage}/{domain}0")  # the sign behind the slash
+    def num_calls(self, stage: str, domain: str, number: int | None = None) -> tuple[int, int]:
+        """Calls of a stage in a domain, in all rounds or in one, that were ever answered, readably or not, and those
+        that were given up without.
+        """
+        of = f"{stage}/{domain}" + ("" if number is None else f"/{number}")
+        keys = (f"{of}/", f"{of}0")  # the sign behind the slash
         answered, never = (
             self._connection.execute(query, keys * 2).fetchone()[0]
             for query in (

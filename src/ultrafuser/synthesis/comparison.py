@@ -3,6 +3,7 @@
 `final_answers.py` starts it as a script, and ends it where a comparison takes too long. It ends with its input.
 """
 
+import faulthandler
 import json
 import math
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 _SCALES = {"percent": 0.01, "degree": math.pi / 180}
 """Units that are numbers."""
+_MOST_S = 60.0
+"""Seconds of a comparison, after which the process ends itself."""
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])")
 
 
@@ -78,7 +81,11 @@ def main() -> None:
     print("ready", file=said, flush=True)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # nobody reads what libraries may print
     for line in sys.stdin:
+        faulthandler.dump_traceback_later(
+            _MOST_S, exit=True, file=sys.stderr
+        )  # also if nobody is left to end it
         print(json.dumps(compare(*json.loads(line))), file=said, flush=True)
+        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,8 @@ def answer_problem(response: str, reference: str) -> str | None:
 
     Args:
         response: with its final answer at the end, best in a LaTeX box; otherwise after "####", or "the answer is". If
-            nothing says where it is, it is enough that the reference is in the last line.
+            nothing says where it is, it is enough that the reference, or what cannot be judged, is in the last line
+            that has a number or a formula.
         reference: the right final answer.
     """
     if _understood(reference) is None:
@@ -129,14 +131,18 @@ def _final(response: str) -> tuple[list[str], bool]:
             return [line], True
         if found := re.findall(r"(?i)\banswer(?:\s+is|\s*:|\s*=)++\s*+(?=.*\w)(.{1,400})", line):
             return [re.split(r"[.!](?=\s|\*|$)|\*\*\s", found[-1].strip("*_ :"))[0].strip("*_ ")], True
-    last = next((line[-2 * _MOST_CHARACTERS :] for line in reversed(lines) if re.search(r"[\d$]", line)), "")
-    numbers = re.findall(r"\$[^$]+\$|\\\(.+?\\\)|-?\$?\d[\d.,/]*%?(?:\s*[A-Za-z]{1,12})?", last)
+    last = next(
+        (line[-2 * _MOST_CHARACTERS :] for line in reversed(lines) if re.search(r"[\d$=]|\\\(", line)), ""
+    )
+    numbers = re.findall(
+        r"\$[^$]+\$|\\\(.+?\\\)|-?\$?\d[\d.,/]*%?(?:\s*[A-Za-z]{2,12}|\s+[mgshlLKVWNJAC]\b)?", last
+    )
     return [*([last.rpartition("=")[2]] if "=" in last else []), *numbers[-_MOST_CANDIDATES:]], False
 
 
 def _understood(text: str) -> _Answer | None:
     """A final answer as the library reads it; None if it would be another one then."""
-    if len(text) > _MOST_CHARACTERS or re.search(r"[(\[][^)\]]*\d,\d{3}(?!\d)", text):
+    if len(text) > _MOST_CHARACTERS or re.search(r"(?<!\\)[(\[][^)\]]*\d,\d{3}(?!\d)", text):
         return None  # (1,200) may be a number, and a point
     text = text.translate(_SIGNS).strip("#* \n").rstrip(". ")
     for pattern, into in _SIMPLER:
@@ -206,11 +212,14 @@ _AT_ONCE = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 def _compare(expected: _Answer, found: _Answer) -> bool | None:
     with _AT_ONCE:
-        try:
-            comparer = _COMPARERS.get_nowait()
-        except queue.Empty:
-            comparer = _Comparer()
-        verdict, goes_on = comparer.compare(expected, found)
-        if goes_on:
-            _COMPARERS.put(comparer)
-    return verdict
+        while True:
+            try:
+                comparer, is_new = _COMPARERS.get_nowait(), False
+            except queue.Empty:
+                comparer, is_new = _Comparer(), True
+            start_s = time.monotonic()
+            verdict, goes_on = comparer.compare(expected, found)
+            if goes_on:
+                _COMPARERS.put(comparer)
+            if goes_on or is_new or time.monotonic() - start_s > _MOST_S / 2:
+                return verdict  # otherwise it had ended before: another one is asked

@@ -171,6 +171,7 @@ class Pipeline:
     async def _run_round(self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]") -> None:
         """Get an answer to every question of a round that has none, and make of the answers what they make."""
         number = lines[0].number
+        self._refusals.begin_round(number)
         domains = [line.domain for line in lines]
         expected = sum(stage.expected_calls(self._recipe.domains[domain]) for domain in domains)
         title = f"{stage.name.replace('_', ' ')}, {', '.join(domains)}"

@@ -25,7 +25,7 @@ _SIMPLE = (
 _FEW = 10
 """Questions of a stage and domain that may be refused in a round, or before any is answered."""
 _MOST_HELD = 1000
-"""Questions that may be refused before anything is answered."""
+"""Refused questions that wait for answers to others, before the end of a round is not waited for either."""
 
 
 class _Held(NamedTuple):
@@ -62,6 +62,7 @@ class Refusals:
         self._book, self._account = book, account
         self._doubted: set[str] = set()
         self._held: list[_Held] = []
+        self._num_held: Counter[str] = Counter()  # by domain
         self._answers_s = {
             True: -math.inf,
             False: -math.inf,
@@ -69,9 +70,14 @@ class Refusals:
         self._counts: dict[
             str, list[int]
         ] = {}  # by domain: calls that were ever answered, and that never were
-        self._is_answered = False  # anything, since the start
-        self._given_up: Counter[str] = Counter()  # by domain, in this round
+        self._given_up: dict[str, int] = {}  # by domain: those that never were, in this round
+        self._number = 0
         self._asking = asyncio.Lock()
+
+    def begin_round(self, number: int) -> None:
+        """Count from a round on."""
+        self._number = number
+        self._given_up.clear()
 
     def answered(self, domain: str, wants_json: bool, asked_s: float) -> None:
         """A question of the stage was answered.
@@ -81,11 +87,10 @@ class Refusals:
             wants_json: whether its answer had to be JSON.
             asked_s: when, by the monotonic clock; minus infinity where nobody knows.
         """
-        self._is_answered = True
         self._counts_of(domain)[0] += 1
         self._answers_s[wants_json] = max(self._answers_s[wants_json], asked_s)
-        if self._held:
-            self._give_up({one.domain for one in self._held if self._is_the_questions_fault(one.domain)})
+        if self._num_held[domain] and self._is_the_questions_fault(domain):
+            self._give_up(domain)
 
     async def unanswered(
         self,
@@ -118,8 +123,9 @@ class Refusals:
             await self._make_sure(call, question, asked_s)
             return True
         self._held.append(_Held(domain, call, question, asked_s, reason, give_up))
-        if len(self._held) >= _MOST_HELD and not self._is_answered:
-            raise EndpointError(self._nothing_but_simple(self._held))
+        self._num_held[domain] += 1
+        if self._num_held[domain] >= _MOST_HELD and not self._is_the_questions_fault(domain):
+            raise EndpointError(self._nothing_but_simple(domain, reason))
         return False
 
     async def end_round(self) -> None:
@@ -131,34 +137,37 @@ class Refusals:
         for domain in dict.fromkeys(one.domain for one in self._held):
             held = [one for one in self._held if one.domain == domain]
             if not self._is_the_questions_fault(domain):
-                raise EndpointError(self._nothing_but_simple(held))
+                raise EndpointError(self._nothing_but_simple(domain, held[-1].reason))
             for one in held:
                 await self._make_sure(one.call, one.question, one.asked_s)
-            self._give_up({domain})
-        self._given_up.clear()
+            self._give_up(domain)
 
     def _is_the_questions_fault(self, domain: str) -> bool:
         """Whether few questions of a domain are refused, or fewer than were answered.
 
         A topic that is refused is asked for in every round, so that all rounds together say nothing.
         """
-        held = sum(one.domain == domain for one in self._held)
         answered, refused = self._counts_of(domain)
-        return held + (self._given_up[domain] if answered else refused) < max(_FEW, answered + 1)
+        if answered:
+            refused = self._given_up[domain]
+        return self._num_held[domain] + refused < max(_FEW, answered + 1)
 
     def _counts_of(self, domain: str) -> list[int]:
         if domain not in self._counts:
             self._counts[domain] = list(self._book.num_calls(self._stage, domain))
+        if domain not in self._given_up:
+            self._given_up[domain] = self._book.num_calls(self._stage, domain, self._number)[1]
         return self._counts[domain]
 
-    def _give_up(self, domains: set[str]) -> None:
-        """Give up those that were refused while others of the same form were answered."""
+    def _give_up(self, domain: str) -> None:
+        """Give up those of a domain that were refused while others of the same form were answered."""
         held, self._held = self._held, []
         for one in held:
-            if one.domain in domains and self._answers_s[one.question.schema is not None] > one.asked_s:
+            if one.domain == domain and self._answers_s[one.question.schema is not None] > one.asked_s:
                 one.give_up()
-                self._counts_of(one.domain)[1] += 1
-                self._given_up[one.domain] += 1
+                self._num_held[domain] -= 1
+                self._counts_of(domain)[1] += 1
+                self._given_up[domain] += 1
             else:
                 self._held.append(one)
 
@@ -193,9 +202,9 @@ class Refusals:
             self._book.spend(self._stage, self._model.model, read, written)
             self._account.spend(self._model, read, written)
 
-    def _nothing_but_simple(self, held: list[_Held]) -> str:
+    def _nothing_but_simple(self, domain: str, reason: str) -> str:
         return (
-            f"the endpoint answers simple questions, but refuses more of the stage {self._stage} in {held[-1].domain} "
-            f"than it has answered ({len(held)} now), at last: {held[-1].reason}. Mend the server, or what the recipe "
+            f"the endpoint answers simple questions, but refuses more of the stage {self._stage} in {domain} than it "
+            f"has answered ({self._num_held[domain]} now), at last: {reason}. Mend the server, or what the recipe "
             "says of it or of the stage's model, and run the same command again; nothing is lost."
         )

@@ -106,7 +106,7 @@ def _failure(result: Result, mark: str) -> tuple[list[list[str]], str]:
     _, found, said = result.stderr.rpartition(mark)
     if found and result.outcome == "ended":  # otherwise it may be cut off
         with contextlib.suppress(
-            ValueError, TypeError, KeyError, IndexError
+            ValueError, TypeError, KeyError, IndexError, RecursionError
         ):  # the program may have written it, too
             told, _ = json.JSONDecoder().raw_decode(said)
             return [[str(name) for name in kind] for kind in told["kinds"] if kind], str(told["text"])

@@ -121,6 +121,8 @@ def test_verdicts(reference, answer, verdict):
         ("She has 12 apples left after 3 days.", "12", True),
         ("She has 12 apples left after 3 days.", "9", False),
         ("So it is about 0.333.", "1/3", True),
+        ("There are 4 terms.\nHence it equals \\(\\pi\\).", "\\pi", True),
+        ("The farm needs 12 a day.", "12", True),
         ("The distance is 5000 m.", "5 km", True),
         ("So we get 3/2.\n\nI hope this helps!", "3/2", True),
         ("So we get 3/2.\n\nI hope this helps!", "5/2", False),

@@ -402,6 +402,41 @@ def test_what_is_answered_by_others_before_a_failure_is_no_evidence(tmp_path):
     asyncio.run(story())
 
 
+@pytest.mark.parametrize(("number", "ends"), [(0, True), (1, False)])
+def test_what_was_given_up_in_a_round_counts_after_a_restart(tmp_path, number, ends):
+    """Otherwise a run that was ended by refusals would give them up when it is started again."""
+
+    async def ask(question, model):
+        return Reply("yes", "stop", 1, 1, 0.0)
+
+    async def story():
+        book = Book.open(tmp_path, {})
+        for place in range(12):
+            key = f"responses/text/0/{place}"
+            book.receive(key, "responses", "m", Reply("text", "stop", 1, 1, 0.0))
+            book.record(key, "responses", "m", 0, book.unchecked(key), None)
+        for place in range(12, 21):
+            book.give_up(f"responses/text/0/{place}", "responses", "m", 0, "no")
+        given_up = []
+        model = ModelSettings(model="m")
+        refusals = Refusals("responses", model, ask, book, Account(Budget()))
+        refusals.begin_round(number)
+        for place in range(5):
+            call = Call(f"responses/text/{number}/{30 + place}", [{"role": "user", "content": "hello"}], None)
+            for _ in range(2):
+                question = Question(call.messages, None, 0)
+                await refusals.unanswered("text", call, question, 0.0, "no", lambda: given_up.append(1))
+        if ends:
+            with pytest.raises(EndpointError, match="refuses more of the stage responses in text"):
+                await refusals.end_round()
+        else:
+            await refusals.end_round()
+        assert len(given_up) == (0 if ends else 5)
+        book.close()
+
+    asyncio.run(story())
+
+
 def test_a_stage_that_was_never_asked_may_have_another_model(clean, serve, tmp_path, monkeypatch):
     path = write_recipe(tmp_path, serve())
     with monkeypatch.context() as patch:

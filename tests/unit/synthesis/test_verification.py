@@ -39,7 +39,10 @@ def sandbox():
     "told",
     [
         "open(__file__).read()",
-        *(f"mark + {text!r}" for text in ("{", "[]", '{"kinds": 3}', '{"kinds": [[]], "text": 1}')),
+        *(
+            f"mark + {text!r}"
+            for text in ("{", "[]", "[" * 9_000, '{"kinds": 3}', '{"kinds": [[]], "text": 1}')
+        ),
     ],
 )
 def test_a_program_that_writes_the_mark_itself_is_no_error_of_ours(sandbox, told):
