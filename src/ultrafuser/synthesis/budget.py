@@ -56,7 +56,7 @@ class Account:
         """
         if (problem := self._problem(call, model)) is not None:
             raise BudgetError(problem)
-        tokens, money = sum(most_tokens(call, model)), cost(model, *most_tokens(call, model))
+        tokens, money = _most(call, model)
         self._promised_tokens += tokens
         self._promised_money += money
         self._num_promised += 1
@@ -76,7 +76,7 @@ class Account:
 
     def _problem(self, call: Call, model: ModelSettings) -> str | None:
         """Why a request cannot be promised."""
-        tokens, money = sum(most_tokens(call, model)), cost(model, *most_tokens(call, model))
+        tokens, money = _most(call, model)
         limit, most = self._budget.tokens, self._budget.money
         if limit is not None and self.tokens + self._promised_tokens + tokens > limit:
             return (
@@ -102,3 +102,9 @@ def most_tokens(call: Call, model: ModelSettings) -> tuple[int, int]:
     """Tokens that a request may read and write at most, about."""
     num_bytes = sum(len(message["content"].encode()) for message in call.messages)
     return math.ceil(num_bytes / _FEWEST_BYTES_PER_TOKEN), model.max_tokens
+
+
+def _most(call: Call, model: ModelSettings) -> tuple[int, float]:
+    """Tokens of both kinds, and money, that a request may cost at most, about."""
+    read, written = most_tokens(call, model)
+    return read + written, cost(model, read, written)

@@ -15,13 +15,7 @@ from typing import Any
 
 from ultrafuser.errors import UltrafuserError
 from ultrafuser.synthesis.book import Reply
-from ultrafuser.synthesis.endpoint import (
-    STRUCTURED,
-    Endpoint,
-    EndpointError,
-    Question,
-    UnansweredError,
-)
+from ultrafuser.synthesis.endpoint import STRUCTURED, Endpoint, EndpointError, Question, UnansweredError
 from ultrafuser.synthesis.recipe import EndpointSettings, ModelSettings
 
 MOST = 20_000

@@ -66,8 +66,11 @@ _SIMPLER: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 """Patterns and what is written instead, one after the other."""
 _KNOWN = r"\\(?:frac|sqrt|sin|cos|tan|ln|log|exp|pi|infty|cdot|cup|pm|binom|le|ge|lt|gt|leq|geq|in|[{}])(?![A-Za-z])"
 _UNCLEAR = re.compile(
-    r"[^\x00-\x7f]|^[<>~=]|_\s*\{?\d|\b0[xXbo]|[A-Za-z]{2,}|\\|:|\d\s+\d|\b[A-Z]\s*\(|/\s*\d+\s*[a-z]|^\(?[A-E]\)?$|^\d+,\d+$|@\s*\[|\)\s*\^\{?[^}]*/"
-    r"|[<>].*,|\^.*\^|\^\{?-?\d{4,}|\d{4,}\s*!|!\s*!|/\s*0(?![.\d])|\}\{0\}"
+    r"[^\x00-\x7f]|[A-Za-z]{2,}|\\"  # what is left of other signs, words and commands
+    r"|^[<>~=]|_\s*\{?\d|\b0[xXbo]|:|\d\s+\d|^\d+,\d+$"  # bounds, other bases, ratios, spaces or commas in numbers
+    r"|\b[A-Z]\s*\(|/\s*\d+\s*[a-z]|^\(?[A-E]\)?$"  # C(5, 2), 1/2x, and one of several choices
+    r"|@\s*\[|\)\s*\^\{?[^}]*/|[<>].*,|/\s*0(?![.\d])|\}\{0\}"  # roots of negative numbers, inequalities, no number
+    r"|\^.*\^|\^\{?-?\d{4,}|\d{4,}\s*!|!\s*!"  # towers
 )
 """What is meant in another way than it would be read, or takes longer than it is worth, such as towers of powers."""
 _COUNTED = re.compile(r"mod|choose|base|(?<!\^)\d|dozen|hundred|thousand|[mb]illion|half|third|quarter")

@@ -3,7 +3,7 @@
 Giving a question up is final, so it has to be sure. One that was not answered is asked again, and after each time the
 endpoint must have answered something of the same form, if nothing else a question that nobody could refuse. And where
 more questions of a stage and domain are refused in one round than were ever answered, it is not the questions' fault:
-the run ends then.
+the run ends then. (Until so many are, a server that answers nothing but simple questions has them given up.)
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from ultrafuser.synthesis.endpoint import EndpointError, Question, UnansweredErr
 from ultrafuser.synthesis.recipe import ModelSettings, StageName
 from ultrafuser.synthesis.stages import Call
 
-_SIMPLE = (
-    {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."},
-)
+_SIMPLE = [
+    {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."}
+]
 _FEW = 10
 """Questions of a stage and domain that may be refused in a round, or before any is answered."""
 _MOST_HELD = 1000
@@ -63,14 +63,11 @@ class Refusals:
         self._doubted: set[str] = set()
         self._held: list[_Held] = []
         self._num_held: Counter[str] = Counter()  # by domain
-        self._answers_s = {
-            True: -math.inf,
-            False: -math.inf,
-        }  # wants JSON? -> when what was answered was asked
-        self._counts: dict[
-            str, list[int]
-        ] = {}  # by domain: calls that were ever answered, and that never were
-        self._given_up: dict[str, int] = {}  # by domain: those that never were, in this round
+        # Wants JSON? -> when what was answered was asked.
+        self._answers_s = {True: -math.inf, False: -math.inf}
+        # By domain: answers to calls in all rounds, and calls that never got one; the latter in this round.
+        self._counts: dict[str, list[int]] = {}
+        self._given_up: dict[str, int] = {}
         self._number = 0
         self._asking = asyncio.Lock()
 
