@@ -99,10 +99,11 @@ def greedy(llm, prompts, max_tokens=24):
 
 
 def assert_equal(found, expected):
+    """Equal tokens, and log-probabilities nearer than anything computed in 16 bits, or left out, would bring them."""
     for ours, theirs in zip(found, expected, strict=True):
         assert [token for token, _ in ours] == [token for token, _ in theirs]
         torch.testing.assert_close(
-            torch.tensor([p for _, p in ours]), torch.tensor([p for _, p in theirs]), rtol=0, atol=1e-4
+            torch.tensor([p for _, p in ours]), torch.tensor([p for _, p in theirs]), rtol=0, atol=1e-3
         )
 
 
