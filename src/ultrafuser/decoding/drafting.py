@@ -50,7 +50,9 @@ class Drafter:
         self._backbones, self._logits = list(backbones), list(logits)
         self._end_token_id, self._max_draft, self._own_cache = end_token_id, params.max_draft, own_cache
         self._least_confidence = least_confidence
-        self._guess_length = DraftLength(lambda length: 1 + 0.05 * length, True, params.max_draft)
+        self._guess_lengths = [
+            DraftLength(lambda length: 1 + 0.05 * length, True, params.max_draft) for _ in self._backbones
+        ]
 
     def draft(
         self, conversations: Sequence[Conversation], lengths: Sequence[int], stats: DecodingStats
@@ -75,6 +77,10 @@ class Drafter:
                 )
                 stats.draft_passes += 1
         return drafts
+
+    def reads_prompts(self, conversations: Sequence[Conversation]) -> bool:
+        """Whether drafting for these begins with the prompt of one of them, which nobody has read for drafts yet."""
+        return self._own_cache and any(conversation.read_by_drafter == 0 for conversation in conversations)
 
     def settle(self, conversation: Conversation, draft: Draft, num_said: int) -> None:
         """Note what counts as read after a step: the drafted tokens that were said. It is before they are appended.
@@ -119,7 +125,7 @@ class Drafter:
         begin = time.perf_counter()
         room = [length - len(draft.tokens) - 1 for draft, length in zip(drafts, lengths, strict=True)]
         ahead = [draft.tokens for draft in drafts]
-        guesses = looked_up(conversations, ahead, room, self._guess_length, self._max_draft)
+        guesses = looked_up(conversations, ahead, room, self._guess_lengths[index], self._max_draft)
         texts, starts, skipped = [], [], []
         for conversation, draft, guess in zip(conversations, drafts, guesses, strict=True):
             unread, position = self._unread(conversation)
@@ -143,7 +149,7 @@ class Drafter:
             num_tokens += said
         if not any(skipped):
             seconds = time.perf_counter() - begin
-            self._guess_length.observe(len(rows), ids.shape[-1] - 1, num_tokens, seconds)
+            self._guess_lengths[index].observe(len(rows), ids.shape[-1] - 1, num_tokens, seconds)
 
     def _say(
         self, conversation: Conversation, draft: Draft, guess: Draft, length: int, logits: Tensor

@@ -238,14 +238,19 @@ class FusedDecoder:
             (request id, token) in the order of the responses; empty when there is nothing to do.
         """
         known = self._active.copy()
-        while self._waiting and len(self._active) < self.max_batch:
-            self._active.append(self._waiting.popleft())
+        newcomers = [
+            self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch - len(known)))
+        ]
+        self._active += sorted(newcomers, key=_longest_prompt)  # prompts that are read together are in a row
         chosen: list[_Chosen] = []
         try:
             if known:
                 chosen += self._advance(known)
-            if len(known) < len(self._active):
-                chosen += self._read_prompts(len(known))
+            first = len(known)
+            while first < len(self._active):
+                read = self._read_prompts(first)
+                chosen += read
+                first += len(read)
             return [emitted for found in chosen for emitted in self._say(found)]
         except BaseException:
             for conversation in self._active:
@@ -333,12 +338,16 @@ class FusedDecoder:
                 self._queues[request_id].append(token)
 
     def _read_prompts(self, first: int) -> list[_Chosen]:
-        """Read the prompts of the conversations from slot `first` on, and choose their first tokens."""
-        newcomers = self._active[first:]
+        """Read prompts of conversations from slot `first` on, and choose their first tokens.
+
+        Those whose prompts are up to twice as long take part: reading them together fills shorter ones up.
+        """
+        most = 2 * _longest_prompt(self._active[first])
+        newcomers = list(itertools.takewhile(lambda c: _longest_prompt(c) <= most, self._active[first:]))
         rows = [torch.tensor(prompt) for c in newcomers for prompt in c.prompts]
         ids = pad_sequence(rows, batch_first=True).view(len(newcomers), self._model.num_specialists, -1)
         lengths = torch.tensor([[len(prompt) for prompt in c.prompts] for c in newcomers])
-        states = self._read(ids, Slots(range(first, len(self._active))), torch.zeros_like(lengths))
+        states = self._read(ids, Slots(range(first, first + len(newcomers))), torch.zeros_like(lengths))
         for conversation, read in zip(newcomers, lengths.tolist(), strict=True):
             conversation.read = read
         places = torch.arange(len(newcomers))
@@ -348,6 +357,7 @@ class FusedDecoder:
     def _advance(self, conversations: list[Conversation]) -> list[_Chosen]:
         """Read every conversation's last token, and a draft of what follows where that pays."""
         start = time.perf_counter()
+        reads_prompts = self._drafter is not None and self._drafter.reads_prompts(conversations)
         drafts = self._drafts(conversations)
         reused = self._reuses_states and any(draft.tokens for draft in drafts)
         chosen = (self._read_others if reused else self._read_on)(conversations, drafts)
@@ -358,7 +368,9 @@ class FusedDecoder:
         if self._speculates:
             longest = max(len(draft.tokens) for draft in drafts)
             num_tokens = sum(len(found.tokens) for found in chosen)
-            self._draft_length.observe(len(conversations), longest, num_tokens, time.perf_counter() - start)
+            if not (longest and reads_prompts):  # what is read once says nothing of further steps
+                seconds = time.perf_counter() - start
+                self._draft_length.observe(len(conversations), longest, num_tokens, seconds)
         self.stats.steps += 1
         return chosen
 
@@ -435,7 +447,13 @@ class FusedDecoder:
         columns = torch.tensor([t for count in counts for t in range(count)])
         owners = [conversations[a] for a in rows.tolist()]
         logits, weights = self._fuse([state[rows, columns] for state in states], owners)
-        likeliest = logits.argmax(dim=-1).tolist()
+        best = logits.max(dim=-1)
+        if not bool(best.values.isfinite().all()):
+            raise UltrafuserError(
+                "the fused logits are not finite: a weight of a specialist or of the gate is not, or numbers are too "
+                "large for the dtype. Open the model in float32; if that does not help, its files are damaged."
+            )
+        likeliest = best.indices.tolist()
         chosen, first = [], 0
         for conversation, draft, count in zip(conversations, drafts, counts, strict=True):
             part = slice(first, first + count)
@@ -504,6 +522,10 @@ class FusedDecoder:
                 self._drafter.move(last, len(self._active) - 1, slot)
             self._active[slot] = last
         self._active.pop()
+
+
+def _longest_prompt(conversation: Conversation) -> int:
+    return max(map(len, conversation.prompts))
 
 
 def _guessed_cost(models: int, reuses_states: bool, has_drafter: bool, num_drafted: int) -> float:

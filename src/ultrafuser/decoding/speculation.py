@@ -151,7 +151,8 @@ class DraftLength:
     them. Where it does not, nothing is drafted; experience fades meanwhile, so that it is tried again now and then.
     Expectations may be wrong for as long as they like: an account of the time that drafting has lost, against plain
     steps of as many conversations, stops it until plain steps have made up for the loss at 2 % of their time. Machines
-    slow down and recover: steps with drafts are settled against what plain ones took before and after them.
+    slow down and recover: steps with drafts are settled against what plain ones took before and after them, and a loss
+    larger than drafts cause is charged in part only. What a draft model takes to read prompts is not counted.
 
     Args:
         guess: time of a step that drafts K tokens over a plain one's, until it has been measured.
@@ -165,6 +166,7 @@ class DraftLength:
     _REMEMBERED = 3  # times of each kind of step
     _LOSS = 0.02  # of all time, that drafting may lose
     _MOST_SAVED = 1.0  # plain steps; what drafting has saved beyond cannot be lost again later
+    _MOST_LOST = 4.0  # plain steps; what is lost beyond was the machine's fault, and is not made up for
     _MEASURED_AFTER = 24  # steps with drafts: then a plain one is timed; sooner, as long as few were
     _LEAST_GAIN = 1.1  # expected of drafting, since times of steps vary by as much
 
@@ -233,7 +235,8 @@ class DraftLength:
         plain_s = self._plain_s(self._unsettled_of)
         taken_s = sum(seconds for _, seconds in self._unsettled)
         saved_s = sum(num_tokens for num_tokens, _ in self._unsettled) * plain_s / self._unsettled_of
-        return max(self._lost_s + taken_s - saved_s, -self._MOST_SAVED * plain_s)
+        lost_s = self._lost_s + taken_s - saved_s
+        return min(max(lost_s, -self._MOST_SAVED * plain_s), self._MOST_LOST * plain_s)
 
     def best(self, num_conversations: int, rates: Sequence[float]) -> int:
         """The number of tokens to draft for each conversation; 0 for none.

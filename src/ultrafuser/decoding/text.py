@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+_MOST_HELD_TOKENS = 64
+"""Whose text waits for a character to be complete, of which every token has a byte at least: then it is broken."""
+
 
 class TextStream:
     """Text of a growing response.
 
     A token may end in the middle of a character (tokens are bytes), and the text of a token may depend on
     those before it (a leading space). So the text handed out is what the last tokens together have more than
-    before, and it is held back while its last character is incomplete.
+    before, and it is held back while its last character is incomplete. Only in a long run of broken characters may one
+    that is whole read U+FFFD, too.
 
     Args:
         tokenizer: that the specialists share.
@@ -22,15 +26,19 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
         self._ids: list[int] = []
         self._start = 0  # the window that is decoded: tokens before it no longer matter
         self._done = 0  # tokens whose text was handed out
 
     def push(self, token_id: int) -> str:
         """Take one more token; return the text that is now complete, often one token's, sometimes empty."""
+        if token_id in self._skipped and self._done == len(self._ids):
+            return ""  # but between broken characters it keeps them apart
         self._ids.append(token_id)
         text = self._new_text()
-        return "" if text.endswith("\ufffd") else self._hand_out(text)
+        waits = text.endswith("\ufffd") and len(self._ids) - self._done < _MOST_HELD_TOKENS
+        return "" if waits else self._hand_out(text)
 
     def flush(self) -> str:
         """The text that was held back, at the end of the response; broken characters read U+FFFD."""

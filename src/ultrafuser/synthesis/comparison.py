@@ -26,6 +26,7 @@ def compare(expected: dict[str, str], found: dict[str, str]) -> bool | None:
         found: likewise.
     """
     from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify.errors import TimeoutException  # type: ignore[import-untyped]
 
     one, other = (parse(f"${answer['latex']}$", raise_on_error=False) for answer in (expected, found))
     if not one or not other:
@@ -39,8 +40,11 @@ def compare(expected: dict[str, str], found: dict[str, str]) -> bool | None:
         return None  # 1 km and 1000 m
     first, second = _number(one[0]), _number(other[0])
     if first is None or second is None:
-        if verify(one, other, float_rounding=9):
-            return True
+        try:
+            if verify(one, other, float_rounding=9, raise_on_error=True):
+                return True
+        except (Exception, TimeoutException):  # it took too long, or the library cannot do it
+            return None
         return None if letters[0] != letters[1] and len(letters[0]) == len(letters[1]) > 0 else False
     scaled = first * _SCALES.get(expected["unit"], 1), second * _SCALES.get(found["unit"], 1)
     if _close(first, second) or _close(*scaled):
@@ -53,7 +57,10 @@ def _close(one: float, other: float) -> bool:
     """Whether two values are the same; whole numbers are compared exactly, however many digits they have."""
     if isinstance(one, int) and isinstance(other, int):
         return one == other
-    return math.isclose(one, other, rel_tol=1e-9)
+    try:
+        return math.isclose(one, other, rel_tol=1e-9)
+    except OverflowError:  # a whole number beyond what the other can be
+        return False
 
 
 def _number(expression: Any) -> float | int | None:
@@ -67,7 +74,7 @@ def _number(expression: Any) -> float | int | None:
 
 def _is_rounded(written: str, exact: float) -> bool:
     """Whether a number with decimals may be another one, rounded or cut off."""
-    if not (match := re.fullmatch(r"-?\d*\.(\d+)", written)):
+    if not (match := re.fullmatch(r"-?\d*\.(\d+)", written)) or abs(exact) > 1e15:
         return False
     step, rounded = 10.0 ** -len(match[1]), abs(float(written))
     return abs(rounded - abs(exact)) <= step / 2 or rounded <= abs(exact) < rounded + step
@@ -84,7 +91,11 @@ def main() -> None:
         faulthandler.dump_traceback_later(
             _MOST_S, exit=True, file=sys.stderr
         )  # also if nobody is left to end it
-        print(json.dumps(compare(*json.loads(line))), file=said, flush=True)
+        try:
+            verdict = compare(*json.loads(line))
+        except Exception:  # of the library, or too large a number
+            verdict = None
+        print(json.dumps(verdict), file=said, flush=True)
         faulthandler.cancel_dump_traceback_later()
 
 

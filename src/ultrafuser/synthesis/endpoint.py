@@ -98,19 +98,24 @@ class Limiter:
         return max(int(self._limit), 1)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, lost: int = 0) -> AsyncIterator[None]:
         """Wait until one more may run, and count it as long as the block lasts.
+
+        Args:
+            lost: attempts at the same request before, which have to be told of with an error.
 
         Raises:
             EndpointError: nothing is to be asked any more.
         """
         if self._reason is not None:
-            raise EndpointError(self._reason)
+            raise EndpointError(self._reason, lost=lost)
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._wake()
         try:
             await turn
+        except EndpointError as error:
+            raise EndpointError(str(error), lost=lost) from None
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._running -= 1
@@ -218,7 +223,7 @@ class Endpoint:
         attempts = refusals = lost = 0
         most_refusals = self._settings.attempts if is_patient else _REFUSALS
         while True:
-            async with self.limiter.slot():
+            async with self.limiter.slot(lost):
                 started_s = time.monotonic()
                 try:
                     reply = await asyncio.wait_for(

@@ -267,8 +267,9 @@ def _spent(tools: Tools) -> list[dict[str, Any]]:
     rows = []
     for one in tools.book.spent():
         model: Any = tools.recipe.model_for(one.stage)  # type: ignore[arg-type]
-        money = cost(model, one.input_tokens, one.output_tokens)
-        rows.append({"spent": one, "money": None if model.price is None else money})
+        is_known = model.price is not None and model.model == one.model  # another one's may have been another
+        money = cost(model, one.input_tokens, one.output_tokens) if is_known else None
+        rows.append({"spent": one, "money": money})
     return rows
 
 

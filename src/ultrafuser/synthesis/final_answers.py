@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +72,8 @@ _UNCLEAR = re.compile(
     r"|\^.*\^|\^\{?-?\d{4,}|\d{4,}\s*!|!\s*!"  # towers
 )
 """What is meant in another way than it would be read, or takes longer than it is worth, such as towers of powers."""
+_LETTER = re.compile(r"\W*[A-Za-z]?\W*")
+"""A letter alone, in a last line that names a variable."""
 _COUNTED = re.compile(r"mod|choose|base|(?<!\^)\d|dozen|hundred|thousand|[mb]illion|half|third|quarter")
 """Numbers among words, and what is done with numbers."""
 
@@ -97,6 +98,8 @@ def answer_problem(response: str, reference: str) -> str | None:
     if _understood(reference) is None:
         return None
     answers, is_marked = _final(response)
+    if not is_marked and _LETTER.fullmatch(reference):
+        return None
     verdicts = [agrees(reference, answer) for answer in answers]
     if is_marked and verdicts and set(verdicts) == {False}:
         return f"{answers[0].strip()[:140]}, {reference[:140]} was expected"
@@ -118,6 +121,8 @@ def agrees(reference: str, answer: str) -> bool | None:
         return None  # an interval, and what leaves it
     if verdict is False and len({re.sub(r"[()\[\]\\{}\s]", "", one.latex) for one in both}) == 1:
         return None  # a list, a point or an interval
+    if verdict is False and len({re.sub(r"(?<=\d)[LKVWNJAC]$", "", one.latex) for one in both}) == 1:
+        return None  # a letter, and a unit or none
     return verdict
 
 
@@ -134,13 +139,20 @@ def _final(response: str) -> tuple[list[str], bool]:
             return [line], True
         if found := re.findall(r"(?i)\banswer(?:\s+is|\s*:|\s*=)++\s*+(?=.*\w)(.{1,400})", line):
             return [re.split(r"[.!](?=\s|\*|$)|\*\*\s", found[-1].strip("*_ :"))[0].strip("*_ ")], True
-    last = next(
-        (line[-2 * _MOST_CHARACTERS :] for line in reversed(lines) if re.search(r"[\d$=]|\\\(", line)), ""
-    )
-    numbers = re.findall(
-        r"\$[^$]+\$|\\\(.+?\\\)|-?\$?\d[\d.,/]*%?(?:\s*[A-Za-z]{2,12}|\s+[mgshlLKVWNJAC]\b)?", last
-    )
-    return [*([last.rpartition("=")[2]] if "=" in last else []), *numbers[-_MOST_CANDIDATES:]], False
+    last = (_in_line(line[-2 * _MOST_CHARACTERS :]) for line in reversed(lines))
+    return next((answers for answers in last if answers), []), False
+
+
+def _in_line(line: str) -> list[str]:
+    """What may be a final answer in a line that does not say so: numbers, formulas, the line if it is one."""
+    found = re.findall(
+        r"\$[^$]+\$|\\\(.+?\\\)|-?\$?\d[\d.,/]*%?(?:\s*[A-Za-z]{2,12}|\s+[mgshlLKVWNJAC]\b)?", line
+    )[-_MOST_CANDIDATES:]
+    if "=" in line:
+        found.insert(0, line.rpartition("=")[2])
+    if re.search(r"\\[A-Za-z\[]", line) and not re.search(r"\$|\\\(", line):
+        found.insert(0, line)
+    return [answer for answer in found if not _LETTER.fullmatch(answer)]
 
 
 def _understood(text: str) -> _Answer | None:
@@ -188,8 +200,13 @@ class _Comparer:
                 f"final answers cannot be compared: {self._process.communicate()[1].strip()[-300:]}"
             )
 
-    def compare(self, expected: _Answer, found: _Answer) -> tuple[bool | None, bool]:
-        """The verdict, and whether the process can go on; it is ended where it takes too long."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
+
+    def compare(self, expected: _Answer, found: _Answer) -> bool | None:
+        """The verdict; the process is ended where it takes too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         watch = threading.Timer(_MOST_S, self._process.kill)
@@ -204,8 +221,8 @@ class _Comparer:
             watch.cancel()
         if not line.endswith("\n"):
             self._process.communicate()
-            return None, False
-        return json.loads(line), True
+            return None
+        return json.loads(line)
 
 
 _COMPARERS: "queue.SimpleQueue[_Comparer]" = queue.SimpleQueue()
@@ -215,14 +232,19 @@ _AT_ONCE = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 def _compare(expected: _Answer, found: _Answer) -> bool | None:
     with _AT_ONCE:
-        while True:
-            try:
-                comparer, is_new = _COMPARERS.get_nowait(), False
-            except queue.Empty:
-                comparer, is_new = _Comparer(), True
-            start_s = time.monotonic()
-            verdict, goes_on = comparer.compare(expected, found)
-            if goes_on:
-                _COMPARERS.put(comparer)
-            if goes_on or is_new or time.monotonic() - start_s > _MOST_S / 2:
-                return verdict  # otherwise it had ended before: another one is asked
+        comparer = _idle_comparer()
+        verdict = comparer.compare(expected, found)
+        if comparer.is_alive:
+            _COMPARERS.put(comparer)
+        return verdict
+
+
+def _idle_comparer() -> _Comparer:
+    """One that has nothing to do; those that have ended meanwhile are dropped."""
+    while True:
+        try:
+            comparer = _COMPARERS.get_nowait()
+        except queue.Empty:
+            return _Comparer()
+        if comparer.is_alive:
+            return comparer

@@ -150,7 +150,9 @@ class Pipeline:
         for stage in self._stages:
             model = self._recipe.model_for(stage.name)
             ask = asked.ask_here if isinstance(asked, Cluster) else partial(asked.ask, is_patient=True)
-            self._refusals = Refusals(stage.name, model, ask, self.tools.book, self._account)
+            self._refusals = Refusals(
+                stage.name, stage.rounds_differ, model, ask, self.tools.book, self._account
+            )
             while lines := self._next_lines(stage):
                 await self._run_round(asked, stage, lines)
 
@@ -326,7 +328,9 @@ class Pipeline:
             self._give_up(stage, call, reason)
             finish(line, call)
 
-        return await self._refusals.unanswered(line.domain, call, question, asked_s, reason, give_up)
+        return await self._refusals.unanswered(
+            line.domain, call, question, asked_s, reason, give_up, line.answered
+        )
 
     def _question(self, stage: Stage, call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up."""
@@ -340,10 +344,11 @@ class Pipeline:
     def _receive(self, stage: Stage, line: "_Line", call: Call, reply: Reply, asked_s: float) -> None:
         """Write an answer down, which may then wait for being looked at."""
         model = self._recipe.model_for(stage.name)
+        is_first = not self.tools.book.problems(call.key)
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
         self._refusals.spend(call, 0, 0, reply.lost)
-        self._refusals.answered(line.domain, call.kind is not None, asked_s)
+        self._refusals.answered(line.domain, call, asked_s, is_first=is_first)
 
     async def _check(self, stage: Stage, call: Call) -> bool:
         """Look at an answer that has come; whether the call is over."""
@@ -398,10 +403,12 @@ class _Line:
 
     Attributes:
         num_over: calls that are over.
+        answered: one that was answered before this run, if there is any.
     """
 
     def __init__(self, book: Book, domain: str, number: int, plan: Iterator[Call]) -> None:
         self.domain, self.number, self.num_over = domain, number, 0
+        self.answered: Call | None = None
         self._book, self._plan = book, plan
         self._waiting: deque[Call] = deque()
         self._over: set[str] = set()
@@ -412,6 +419,8 @@ class _Line:
         """Calls that have no answer yet, planned as they are taken."""
         while batch := list(itertools.islice(self._plan, _PLANNED)):
             missing = set(self._book.unanswered([call.key for call in batch]))
+            over = (call for call in reversed(batch) if call.key not in missing)
+            self.answered = next((c for c in over if self._book.answer(c.key) is not None), self.answered)
             for call in batch:
                 self._waiting.append(replace(call, messages=()))  # an answer is read without them
                 if call.key in missing:

@@ -1,6 +1,7 @@
 """What `ultrafuser synth` reads: domains, how much of what, and who is asked."""
 
 import os
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -92,7 +93,10 @@ class Budget(RecipeSection):
     """Where a run stops; it can go on when the limit is raised."""
 
     tokens: int | None = Field(
-        default=None, ge=1, description="read and written, of all answers, also those that could not be read"
+        default=None,
+        ge=1,
+        description="read and written, of all answers, also those that could not be read; attempts that fail may cost "
+        "more",
     )
     money: float | None = Field(default=None, gt=0, description="in the currency of the prices")
 
@@ -185,6 +189,13 @@ class SynthesisRecipe(RecipeSection):
     )
     rounds: int = Field(default=20, ge=1, description="of asking for more, when answers repeat themselves")
     readings: int = Field(default=6, ge=1, description="of a request whose answer could not be read")
+
+    @model_validator(mode="after")
+    def _names_are_parts_of_paths(self) -> Self:
+        for name in self.domains:
+            if not name.strip(".") or re.search(r"[/\\\0]", name):
+                raise ValueError(f"domains: {name!r} is to name files. Give it a name without slashes")
+        return self
 
     @model_validator(mode="after")
     def _prices_are_known(self) -> Self:

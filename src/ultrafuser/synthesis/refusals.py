@@ -1,15 +1,15 @@
 """Questions that got no answer: is it the question, or does the endpoint answer nobody?
 
 Giving a question up is final, so it has to be sure. One that was not answered is asked again, and after each time the
-endpoint must have answered something of the same form, if nothing else a question that nobody could refuse. And where
-more questions of a stage and domain are refused in one round than were ever answered, it is not the questions' fault:
-the run ends then. (Until so many are, a server that answers nothing but simple questions has them given up.)
+endpoint must have answered another one of its stage and domain: where none is under way, one that it answered before
+is asked once more. As long as it has answered none, a question that nobody could refuse has to do; so where more than a
+few are refused, and more than were answered, it is not the questions' fault, and the run ends.
 """
 
 import asyncio
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -23,9 +23,13 @@ _SIMPLE = [
     {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."}
 ]
 _FEW = 10
-"""Questions of a stage and domain that may be refused in a round, or before any is answered."""
+"""Questions of a stage and domain that end a run when they are refused, if no more were answered."""
 _MOST_HELD = 1000
 """Refused questions that wait for answers to others, before the end of a round is not waited for either."""
+
+
+_Form = tuple[str, bool]
+"""Domain, and whether JSON is wanted."""
 
 
 class _Held(NamedTuple):
@@ -44,6 +48,7 @@ class Refusals:
 
     Args:
         stage: of the calls.
+        rounds_differ: whether its rounds ask for different things, so that answers of one say nothing about another.
         model: who answers.
         ask: waits for an answer as long as may be.
         book: that holds answers.
@@ -53,19 +58,21 @@ class Refusals:
     def __init__(
         self,
         stage: StageName,
+        rounds_differ: bool,
         model: ModelSettings,
         ask: Callable[[Question, ModelSettings], Awaitable[Reply]],
         book: Book,
         account: Account,
     ) -> None:
-        self._stage, self._model, self._ask = stage, model, ask
+        self._stage, self._rounds_differ, self._model, self._ask = stage, rounds_differ, model, ask
         self._book, self._account = book, account
         self._doubted: set[str] = set()
         self._held: list[_Held] = []
         self._num_held: Counter[str] = Counter()  # by domain
-        # Wants JSON? -> when what was answered was asked.
-        self._answers_s = {True: -math.inf, False: -math.inf}
-        # By domain: answers to calls in all rounds, and calls that never got one; the latter in this round.
+        # By domain and whether JSON is wanted: a call that was answered, and when what was answered last was asked.
+        self._known: dict[_Form, Call] = {}
+        self._answers_s: defaultdict[_Form, float] = defaultdict(lambda: -math.inf)
+        # By domain: calls that were answered, and those that never will be; the latter in this round.
         self._counts: dict[str, list[int]] = {}
         self._given_up: dict[str, int] = {}
         self._number = 0
@@ -75,18 +82,24 @@ class Refusals:
         """Count from a round on."""
         self._number = number
         self._given_up.clear()
+        if self._rounds_differ:
+            self._known.clear()
+            self._counts.clear()
 
-    def answered(self, domain: str, wants_json: bool, asked_s: float) -> None:
+    def answered(self, domain: str, call: Call, asked_s: float, *, is_first: bool) -> None:
         """A question of the stage was answered.
 
         Args:
             domain: of it.
-            wants_json: whether its answer had to be JSON.
+            call: that asked.
             asked_s: when, by the monotonic clock; minus infinity where nobody knows.
+            is_first: whether it is the first answer to the call.
         """
-        self._counts_of(domain)[0] += 1
-        self._answers_s[wants_json] = max(self._answers_s[wants_json], asked_s)
-        if self._num_held[domain] and self._is_the_questions_fault(domain):
+        self._counts_of(domain)[0] += is_first
+        form = domain, call.kind is not None
+        self._known[form] = call
+        self._answers_s[form] = max(self._answers_s[form], asked_s)
+        if self._num_held[domain] and self._may_be_the_questions_fault(domain):
             self._give_up(domain)
 
     async def unanswered(
@@ -97,6 +110,7 @@ class Refusals:
         asked_s: float,
         reason: str,
         give_up: Callable[[], None],
+        before: Call | None = None,
     ) -> bool:
         """A question of the stage was not answered.
 
@@ -107,21 +121,24 @@ class Refusals:
             asked_s: when, for the last time.
             reason: why there is no answer.
             give_up: called when that is final; then the call is over.
+            before: a call of the same round and domain that was answered before this start of the run.
 
         Returns:
             Whether it has to be asked again.
 
         Raises:
-            EndpointError: the endpoint answers nobody, or nothing but simple questions.
+            EndpointError: the endpoint answers nobody, or nothing but simple questions, or nothing any more.
             BudgetError: there is no money left to find out.
         """
+        if before is not None:
+            self._known.setdefault((domain, before.kind is not None), before)
         if call.key not in self._doubted:
             self._doubted.add(call.key)
-            await self._make_sure(call, question, asked_s)
+            await self._make_sure(domain, call, question, asked_s)
             return True
         self._held.append(_Held(domain, call, question, asked_s, reason, give_up))
         self._num_held[domain] += 1
-        if self._num_held[domain] >= _MOST_HELD and not self._is_the_questions_fault(domain):
+        if self._num_held[domain] >= _MOST_HELD and not self._may_be_the_questions_fault(domain):
             raise EndpointError(self._nothing_but_simple(domain, reason))
         return False
 
@@ -133,16 +150,16 @@ class Refusals:
         """
         for domain in dict.fromkeys(one.domain for one in self._held):
             held = [one for one in self._held if one.domain == domain]
-            if not self._is_the_questions_fault(domain):
+            if not self._may_be_the_questions_fault(domain):
                 raise EndpointError(self._nothing_but_simple(domain, held[-1].reason))
             for one in held:
-                await self._make_sure(one.call, one.question, one.asked_s)
+                await self._make_sure(domain, one.call, one.question, one.asked_s)
             self._give_up(domain)
 
-    def _is_the_questions_fault(self, domain: str) -> bool:
-        """Whether few questions of a domain are refused, or fewer than were answered.
+    def _may_be_the_questions_fault(self, domain: str) -> bool:
+        """Whether few questions of a domain are refused, or no more than were answered.
 
-        A topic that is refused is asked for in every round, so that all rounds together say nothing.
+        A topic that is refused is asked for in every round, so that refusals of all rounds together say nothing.
         """
         answered, refused = self._counts_of(domain)
         if answered:
@@ -151,16 +168,17 @@ class Refusals:
 
     def _counts_of(self, domain: str) -> list[int]:
         if domain not in self._counts:
-            self._counts[domain] = list(self._book.num_calls(self._stage, domain))
+            number = self._number if self._rounds_differ else None
+            self._counts[domain] = list(self._book.num_calls(self._stage, domain, number))
         if domain not in self._given_up:
             self._given_up[domain] = self._book.num_calls(self._stage, domain, self._number)[1]
         return self._counts[domain]
 
     def _give_up(self, domain: str) -> None:
-        """Give up those of a domain that were refused while others of the same form were answered."""
+        """Give up those of a domain that were refused while others were answered."""
         held, self._held = self._held, []
         for one in held:
-            if one.domain == domain and self._answers_s[one.question.schema is not None] > one.asked_s:
+            if one.domain == domain and self._answers_s[_form(domain, one.question)] > one.asked_s:
                 one.give_up()
                 self._num_held[domain] -= 1
                 self._counts_of(domain)[1] += 1
@@ -168,28 +186,33 @@ class Refusals:
             else:
                 self._held.append(one)
 
-    async def _make_sure(self, call: Call, question: Question, since_s: float) -> None:
-        """Wait until the endpoint has answered something of this form that was asked since then."""
-        wants_json = question.schema is not None
+    async def _make_sure(self, domain: str, call: Call, question: Question, since_s: float) -> None:
+        """Wait until the endpoint has answered another question of a domain and form that was asked since then."""
+        form = _form(domain, question)
         async with self._asking:  # one is enough for all who wait
-            if self._answers_s[wants_json] > since_s:
+            if self._answers_s[form] > since_s:
                 return
-            simple = Call(call.key, _SIMPLE, call.kind)
-            await self._account.room(simple, self._model)
-            with self._account.promise(simple, self._model):
+            sure = self._known.get(form, Call(call.key, _SIMPLE, call.kind))
+            await self._account.room(sure, self._model)
+            with self._account.promise(sure, self._model):
                 try:
-                    reply = await self._ask(Question(_SIMPLE, question.schema, 1), self._model)
+                    reply = await self._ask(Question(sure.messages, question.schema, 1), self._model)
                 except (UnansweredError, EndpointError) as error:
-                    self.spend(simple, 0, 0, error.lost)
+                    self.spend(sure, 0, 0, error.lost)
                     if isinstance(error, EndpointError):
                         raise
+                    what = (
+                        f"what was answered before is not answered any more, in {domain}"
+                        if form in self._known
+                        else "not even the simplest question is answered"
+                    )
                     raise EndpointError(
-                        f"not even the simplest question is answered: {error}. Mend the server, or what the recipe "
-                        "says of it or of the stage's model, and run the same command again; nothing is lost."
+                        f"{what}: {error}. Mend the server, or what the recipe says of it or of the stage's model, and "
+                        "run the same command again; nothing is lost."
                     ) from error
-            self.spend(simple, reply.input_tokens, reply.output_tokens, reply.lost)
+            self.spend(sure, reply.input_tokens, reply.output_tokens, reply.lost)
             asked_s = time.monotonic() - reply.seconds
-            self._answers_s[wants_json] = max(self._answers_s[wants_json], asked_s)
+            self._answers_s[form] = max(self._answers_s[form], asked_s)
 
     def spend(self, call: Call, input_tokens: int, output_tokens: int, lost: int) -> None:
         """Write down what was paid for other things than answers, and what may have to be paid for lost attempts."""
@@ -205,3 +228,7 @@ class Refusals:
             f"has answered ({self._num_held[domain]} now), at last: {reason}. Mend the server, or what the recipe "
             "says of it or of the stage's model, and run the same command again; nothing is lost."
         )
+
+
+def _form(domain: str, question: Question) -> _Form:
+    return domain, question.schema is not None

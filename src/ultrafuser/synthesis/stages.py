@@ -101,10 +101,12 @@ class Stage(ABC):
     Attributes:
         name: of it, and of its items.
         reads: the stages whose items it reads.
+        rounds_differ: whether its rounds ask for different things; otherwise for what is still missing.
     """
 
     name: ClassVar[StageName]
     reads: ClassVar[tuple[StageName, ...]]
+    rounds_differ: ClassVar[bool] = False
 
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
@@ -484,6 +486,7 @@ class ResponseStage(Stage):
 
     name = "responses"
     reads = ("complicated",)
+    rounds_differ = True
 
     def _turns(self, domain: str) -> dict[int, int]:
         """Place of an instruction -> turns of its conversation, where they are several."""

@@ -257,6 +257,44 @@ def test_a_step_that_fails_leaves_a_decoder_that_works(model, tokenizer, monkeyp
     assert dict(decoder.respond([(prompts, PARAMS)])) == {0: expected}
 
 
+@pytest.mark.parametrize("part", ["gate", "specialist"])
+@pytest.mark.parametrize(
+    "params", [PARAMS, replace(PARAMS, temperature=1.0, seed=0)], ids=["greedy", "sampled"]
+)
+def test_numbers_that_are_none_are_no_tokens(tokenizer, part, params):
+    broken = fused_over(WholeSpecialists({"a": tiny_model(seed=1), "b": tiny_model(seed=2)}))
+    weights = broken.gate if part == "gate" else broken.bank.models[1].get_decoder().norm
+    next(weights.parameters()).data.fill_(float("nan"))
+    with pytest.raises(
+        UltrafuserError, match="the fused logits are not finite: a weight of a specialist or of"
+    ):
+        list(FusedDecoder(broken, tokenizer).stream(PROMPTS, params))
+
+
+def test_a_long_prompt_does_not_make_short_ones_longer(model, tokenizer, monkeypatch):
+    """Prompts that come together are read in passes of about as long ones; the responses are those of each alone."""
+    lengths = [3, 40, 5, 4, 90, 3]
+    asked = [([[5 + n] * length, [7] * (length // 2 + 1)], PARAMS) for n, length in enumerate(lengths)]
+    alone = [reference_tokens(model, *request) for request in asked]
+    decoder = FusedDecoder(model, tokenizer, max_batch=len(asked))
+    shapes, backbone = [], decoder._backbones[0]
+    read = backbone.read
+    monkeypatch.setattr(backbone, "read", lambda ids, *rest: (shapes.append(ids.shape), read(ids, *rest))[1])
+    responses = dict(decoder.respond(asked))
+    assert [[step.token_id for step in responses[n]] for n in range(len(asked))] == alone
+    assert sorted((a, t) for a, _, t in shapes if t > 1) == [(1, 40), (1, 90), (4, 5)]
+
+
+def test_what_a_draft_model_takes_for_a_prompt_is_not_held_against_drafts(tokenizer, monkeypatch):
+    draft, longest = tiny_model(seed=1), []
+    model = fused_over(WholeSpecialists({"a": tiny_model(seed=1)}))
+    monkeypatch.setattr(DraftLength, "best", lambda self, num_conversations, rates: 4)
+    decoder = FusedDecoder(model, tokenizer, draft_model=draft)
+    monkeypatch.setattr(decoder._draft_length, "observe", lambda _, length, *rest: longest.append(length))
+    list(decoder.stream([[5, 6, 7]], replace(PARAMS, max_new_tokens=13)))
+    assert decoder.stats.drafts == len(longest) + 1 > 2
+
+
 def test_a_reader_hears_of_a_step_that_failed_for_another(model, tokenizer, monkeypatch):
     decoder = FusedDecoder(model, tokenizer)
     first, second = (decoder.stream(PROMPTS, PARAMS) for _ in range(2))

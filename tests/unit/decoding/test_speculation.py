@@ -262,7 +262,7 @@ def draft_length(cost_of_a_token: float = 0.1, bonus: bool = True, max_draft: in
     return chosen
 
 
-def drafts_ever_longer(chosen: DraftLength, limit: int) -> int:
+def drafts_ever_longer(chosen: DraftLength) -> int:
     """The length that is reached when all drafts are accepted and cost nothing."""
     for _ in range(10):
         length = chosen.best(1, [1.0])
@@ -282,7 +282,7 @@ def test_nothing_is_drafted_before_a_plain_step():
 
 def test_free_and_certain_tokens_are_drafted_to_the_limit():
     for limit in (1, 5, 16, 100):
-        assert drafts_ever_longer(draft_length(0.0, max_draft=limit), limit) == limit
+        assert drafts_ever_longer(draft_length(0.0, max_draft=limit)) == limit
 
 
 @pytest.mark.parametrize("bonus", [True, False])
@@ -447,6 +447,18 @@ def test_plain_steps_save_nothing_up_for_later_losses(conversations, acceptance_
     for _ in range(3000):
         chosen.observe(conversations, 0, conversations, 1.0)
     assert over_plain(chosen, conversations, acceptance_rate, cost, 1.0) < 1.05 * 1.02
+
+
+@pytest.mark.parametrize("stall", [10.0, 25.0, 100.0])
+@pytest.mark.parametrize("at", [6, 40])
+def test_a_stall_during_a_draft_is_soon_forgiven(stall, at):
+    """A machine that stands still for a second is not drafting's fault, and no reason to go without for a minute."""
+
+    def once(step: int, length: int) -> float:
+        return stall if step == at else 1.0
+
+    smooth = over_plain(hopeful(), 1, 0.8, 0.1, 0.8, steps=1500)
+    assert over_plain(hopeful(), 1, 0.8, 0.1, 0.8, steps=1500, slowed=once) < 1.15 * smooth
 
 
 @pytest.mark.parametrize("length", [4, 8, 12, 16])

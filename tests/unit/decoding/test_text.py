@@ -59,6 +59,26 @@ def test_goes_on_after_a_broken_character(tokenizer):
     assert text.endswith("🙂🙂")
 
 
+@pytest.mark.parametrize("kind", ["broken", "special"])
+def test_runs_without_text_are_not_read_over_and_over(tokenizer, kind, monkeypatch):
+    """Bytes of no character, or special tokens, thousands of them: no token may cost more than those before it."""
+    smile = ids_of(tokenizer, "\U0001f642")
+    token = smile[0] if kind == "broken" else tokenizer.eos_token_id
+    stream, most = TextStream(tokenizer), 0
+    decode = stream._decode
+
+    def counted(ids):
+        nonlocal most
+        most = max(most, len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(stream, "_decode", counted)
+    text = "".join(stream.push(token) for _ in range(1000)) + stream.flush()
+    assert most <= 200
+    assert text == ("\ufffd" * 1000 if kind == "broken" else "")
+    assert "".join(stream.push(token) for token in ids_of(tokenizer, "well")) == "well"
+
+
 def test_special_tokens_are_no_text(tokenizer):
     ids = tokenizer("Hi<|im_end|>", add_special_tokens=False)["input_ids"]
     stream = TextStream(tokenizer)

@@ -189,14 +189,16 @@ def test_nothing_new_is_asked_once_it_is_stopped():
     async def story():
         limiter = Limiter(1)
         async with limiter.slot():
-            waiting = asyncio.ensure_future(limiter.slot().__aenter__())
+            waiting = asyncio.ensure_future(limiter.slot(2).__aenter__())
             await asyncio.sleep(0)
             limiter.stop("enough")
-            with pytest.raises(EndpointError, match="enough"):
+            with pytest.raises(EndpointError, match="enough") as stopped:
                 await waiting
-        with pytest.raises(EndpointError, match="enough"):
-            async with limiter.slot():
+            assert stopped.value.lost == 2  # attempts before, which may have to be paid
+        with pytest.raises(EndpointError, match="enough") as refused:
+            async with limiter.slot(3):
                 pass
+        assert refused.value.lost == 3
 
     asyncio.run(story())
 

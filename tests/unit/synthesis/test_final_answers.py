@@ -85,7 +85,9 @@ PAIRS = [
     ("(1, 2), (3, 4)", "(3, 4), (1, 2)", RIGHT), ("1, 2", "(2, 1)", RIGHT), ("Tuesday", "Monday", UNCLEAR),
     ("B", "C", UNCLEAR), (r"\frac{9}{0}", "5", UNCLEAR), ("1/0", "1/0", UNCLEAR), ("5", "zero", UNCLEAR),
     ("2.5e", "2.5e", RIGHT), ("2e+3", "2000", RIGHT), ("2e + 3", "8.436563656918091", RIGHT),
-    ("$3 and 50 cents", "3.50", UNCLEAR), ("1,00", "1", UNCLEAR),
+    ("$3 and 50 cents", "3.50", UNCLEAR), ("1,00", "1", UNCLEAR), ("5L", "5 L", UNCLEAR), ("5L", "5", UNCLEAR),
+    ("5", "5 L", RIGHT), ("5", "5K", UNCLEAR), ("5L", "6 L", WRONG), ("5L", "6", WRONG), ("0.5", "200!", WRONG),
+    ("10^{400}", "1.5", WRONG), ("10^{400}", "10^{400}", RIGHT), ("1 percent", "10^{400}", WRONG),
 ]  # fmt: skip
 
 
@@ -128,6 +130,18 @@ def test_verdicts(reference, answer, verdict):
         ("So we get 3/2.\n\nI hope this helps!", "5/2", False),
         ("Hence $x = \\frac{1}{2}$.", "1/2", True),
         ("\\boxed{42", "42", True),
+        # what names a variable, or says nothing, is not the last line that counts
+        ("Hence the total is 12.\nThis is the value of \\(x\\).", "12", True),
+        ("Hence the total is 12.\nThis holds for all $n$.", "12", True),
+        ("Hence the total is 12,\nwhere y = x", "12", True),
+        ("Hence the total is 12.\nSo \\(", "12", True),
+        ("Hence the total is 11.\nThis holds for all $n$.", "12", False),
+        ("Hence the total is $n$.", "n", True),  # not judged
+        # formulas that are lines
+        ("So it is\n\\[ \\frac{\\pi}{2} \\]", "\\pi/2", True),
+        ("So it is\n\\[\n2\\sqrt{3}\n\\]", "2\\sqrt{3}", True),
+        ("So it is\n\\[ \\frac{\\pi}{2} \\]", "\\pi/3", False),
+        ("So it is $\\frac{1}{2}$.", "1/3", False),
     ],
 )
 def test_final_answers_are_found(response, reference, is_right):
@@ -211,6 +225,26 @@ def test_a_comparison_that_never_ends_is_ended(monkeypatch):
     assert agrees("5", "10^{10^{10}}") is UNCLEAR
     assert time.monotonic() - start_s < 30
     assert agrees("5", "5") is RIGHT
+
+
+def test_a_comparison_that_takes_the_library_too_long_says_nothing():
+    """Its limit is of seconds, so that a busy machine would call answers wrong."""
+    factors = "({}*(f+g))^{{60}}"
+    product = factors.format("(a+b)*(c+d)"), factors.format("(a*c+a*d+b*c+b*d)")
+    assert agrees(*product) in (UNCLEAR, RIGHT)
+
+
+def test_those_that_have_ended_are_not_asked(monkeypatch):
+    idle = queue.SimpleQueue()
+    monkeypatch.setattr("ultrafuser.synthesis.final_answers._COMPARERS", idle)
+    assert agrees("5", "5") is RIGHT
+    ended = idle.get_nowait()
+    ended._process.kill()
+    ended._process.wait()
+    idle.put(ended)
+    assert agrees("5", "5") is RIGHT
+    assert idle.get_nowait() is not ended
+    assert idle.empty()
 
 
 def test_scripts_compare_however_they_are_run(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from ultrafuser.errors import UltrafuserError
+from ultrafuser.synthesis.answers import Topics
 from ultrafuser.synthesis.book import Book, Reply
 from ultrafuser.synthesis.budget import Account, BudgetError
 from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
@@ -299,12 +300,68 @@ def test_a_server_that_refuses_everything_ends_the_run_and_loses_nothing(
     for count in (0, 1, 3, 40, 0, 60):  # refused in small rounds and in large ones, at once and after answers
         with monkeypatch.context() as patch:
             patch.setattr(Endpoint, "ask", refuse_after(count))
-            with pytest.raises(
-                EndpointError, match=r"not even the simplest question is answered: no such setting\. Mend"
-            ):
+            message = (
+                "not even the simplest question is answered|what was answered before is not answered any more"
+            )
+            with pytest.raises(EndpointError, match=rf"({message}).*: no such setting\. Mend"):
                 run(path, tmp_path / "run")
     run(path, tmp_path / "run")
     assert items(tmp_path / "run") == items(clean[0])
+
+
+@pytest.mark.parametrize("concurrency", [1, 64])
+@pytest.mark.parametrize("count", [20, 45])
+def test_a_server_that_only_answers_simple_questions_any_more_ends_the_run(
+    clean, serve, tmp_path, monkeypatch, concurrency, count
+):
+    """Half of a round may be answered already, so that refusals are fewer than answers."""
+    answered = 0
+
+    async def broken(self, question, model, *, is_patient=False):
+        nonlocal answered
+        if question.schema is None and not question.messages[0]["content"].startswith("Answer with one word"):
+            answered += 1
+            if answered > count:
+                raise UnansweredError("filtered")
+        return await ASK(self, question, model)
+
+    path = write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency})
+    for _ in range(2):  # the second time no question of the stage was answered by this process
+        with monkeypatch.context() as patch:
+            patch.setattr(Endpoint, "ask", broken)
+            message = (
+                "what was answered before is not answered any more|answers simple questions, but refuses more"
+            )
+            with pytest.raises(EndpointError, match=rf"({message}).*: filtered"):
+                run(path, tmp_path / "run")
+    assert not [row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
+    run(path, tmp_path / "run")
+    assert items(tmp_path / "run") == items(clean[0])
+
+
+def test_answers_of_one_round_say_nothing_about_questions_of_another_kind(
+    clean, serve, tmp_path, monkeypatch
+):
+    """A server that does not say what a person would ask next, after many answers to first questions."""
+
+    async def narrow(self, question, model, *, is_patient=False):
+        alone = len(question.messages) == 1 and question.schema is None
+        if alone and not question.messages[0]["content"].startswith("Answer with one word"):
+            raise UnansweredError("one turn only")
+        return await ASK(self, question, model)
+
+    recipe = {"text": {**RECIPE["domains"]["text"], "several_turns": 0.9}}
+    path = write_recipe(tmp_path, serve(), domains=recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "ask", narrow)
+        with pytest.raises(
+            EndpointError, match=r"refuses more of the stage responses in text.*one turn only"
+        ):
+            run(path, tmp_path / "run")
+    assert len([row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]) < 10
+    run(path, tmp_path / "run")
+    turns = [len(row[-1]) for row in items(tmp_path / "run") if row[0] == "responses"]
+    assert len(turns) > 10
 
 
 @pytest.mark.parametrize("every", [10, 3])
@@ -384,7 +441,7 @@ def test_what_is_answered_by_others_before_a_failure_is_no_evidence(tmp_path):
 
         book = Book.open(tmp_path, {})
         model = ModelSettings(model="m")
-        refusals = Refusals("responses", model, ask, book, Account(Budget()))
+        refusals = Refusals("responses", True, model, ask, book, Account(Budget()))
         call = Call("responses/text/0/0", [{"role": "user", "content": "hello"}], None)
         question = Question(call.messages, None, 0)
         refused = ("text", call, question)
@@ -392,10 +449,14 @@ def test_what_is_answered_by_others_before_a_failure_is_no_evidence(tmp_path):
         assert len(asked) == 1
         later_s = time.monotonic() + 100
         assert not await refusals.unanswered(*refused, later_s, "no", lambda: given_up.append(1))
-        refusals.answered("text", False, later_s - 1)
-        refusals.answered("text", True, later_s + 1)  # of another form
+        other = Call("responses/text/0/1", call.messages, None)
+        refusals.answered("text", other, later_s - 1, is_first=True)
+        refusals.answered(
+            "text", Call("", call.messages, Topics), later_s + 1, is_first=True
+        )  # of another form
+        refusals.answered("code", other, later_s + 1, is_first=True)  # of another domain
         assert not given_up
-        refusals.answered("text", False, later_s + 1)
+        refusals.answered("text", other, later_s + 1, is_first=True)
         assert given_up == [1]
         book.close()
 
@@ -412,22 +473,26 @@ def test_what_was_given_up_in_a_round_counts_after_a_restart(tmp_path, number, e
     async def story():
         book = Book.open(tmp_path, {})
         for place in range(12):
-            key = f"responses/text/0/{place}"
-            book.receive(key, "responses", "m", Reply("text", "stop", 1, 1, 0.0))
-            book.record(key, "responses", "m", 0, book.unchecked(key), None)
+            key = f"sub_topics/text/0/{place}"
+            book.receive(key, "sub_topics", "m", Reply("text", "stop", 1, 1, 0.0))
+            book.record(key, "sub_topics", "m", 0, book.unchecked(key), None)
         for place in range(12, 21):
-            book.give_up(f"responses/text/0/{place}", "responses", "m", 0, "no")
+            book.give_up(f"sub_topics/text/0/{place}", "sub_topics", "m", 0, "no")
         given_up = []
         model = ModelSettings(model="m")
-        refusals = Refusals("responses", model, ask, book, Account(Budget()))
+        refusals = Refusals("sub_topics", False, model, ask, book, Account(Budget()))
+        refusals.begin_round(1 - number)
+        refusals.answered("text", Call(f"sub_topics/text/{number}/0", [], None), 0.0, is_first=False)
         refusals.begin_round(number)
         for place in range(5):
-            call = Call(f"responses/text/{number}/{30 + place}", [{"role": "user", "content": "hello"}], None)
+            call = Call(
+                f"sub_topics/text/{number}/{30 + place}", [{"role": "user", "content": "hello"}], None
+            )
             for _ in range(2):
                 question = Question(call.messages, None, 0)
                 await refusals.unanswered("text", call, question, 0.0, "no", lambda: given_up.append(1))
         if ends:
-            with pytest.raises(EndpointError, match="refuses more of the stage responses in text"):
+            with pytest.raises(EndpointError, match="refuses more of the stage sub_topics in text"):
                 await refusals.end_round()
         else:
             await refusals.end_round()

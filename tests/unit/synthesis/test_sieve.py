@@ -302,10 +302,11 @@ def test_short_benchmark_texts_are_found_whole():
 
 def test_benchmarks_are_read_from_all_fields(tmp_path):
     row = {"id": 1, "turns": [{"question": " ".join(WORDS[:20])}], "choices": [" ".join(WORDS[50:70])]}
+    row["answers"] = {" ".join(WORDS[80:95]): True}  # as in TruthfulQA
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(json.dumps(row) + "\n\n")
     sieve = Sieve(FilterSettings(benchmarks=[str(tmp_path / "b.jsonl.gz")], languages=None))
-    for first in (0, 50):
+    for first in (0, 50, 80):
         finding = sieve.take("x", "please say " + " ".join(WORDS[first : first + 15]))
         assert finding is not None
         assert finding.detail.startswith("b.jsonl.gz: ")

@@ -103,6 +103,10 @@ def test_what_it_made_trains(made, tmp_path, tokenizer):
         ({"domains": {}}, "domains"),
         ({"endpoint": {"api_key_variable": "NOT_SET_HERE"}}, "NOT_SET_HERE"),
         ({"budget": {"money": 1}, "model": {"model": "m"}}, "budget.money needs a price"),
+        (
+            {"domains": {"a/b": {"description": "x", "meta_topics": 1, "sub_topics": 1, "instructions": 1}}},
+            "'a/b' is to name files",
+        ),
         ({"filters": {"benchmarks": ["nowhere.jsonl"]}}, "nowhere.jsonl is not there"),
         ({"seeds": 1}, "Did you mean 'seed'?"),
         ({"stages": {"topics": {}}}, "stages"),
