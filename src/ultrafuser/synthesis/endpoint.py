@@ -226,9 +226,8 @@ class Endpoint:
             async with self.limiter.slot(lost):
                 started_s = time.monotonic()
                 try:
-                    reply = await asyncio.wait_for(
-                        self._request(question, model, structured), self._settings.timeout_s
-                    )
+                    async with asyncio.timeout(self._settings.timeout_s):
+                        reply = await self._request(question, model, structured)
                     self.limiter.succeeded()
                     if question.schema is not None:
                         self._accepted(structured)
