@@ -250,7 +250,9 @@ def test_a_phone_shows_all_without_scrolling_sideways(opened, scheme):
 def test_the_keyboard_suffices(opened):
     page = opened()
     page.reload()
-    page.wait_for_function("document.activeElement.id === 'question'")  # from the first frame on, without a click
+    page.wait_for_function(
+        "document.activeElement.id === 'question'"
+    )  # from the first frame on, without a click
     page.keyboard.type("Hello")
     page.keyboard.press("Shift+Enter")
     assert page.input_value("#question") == "Hello\n"

@@ -24,7 +24,7 @@ from ultrafuser.synthesis.cluster import MOST, Cluster
 from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.refusals import Refusals
+from ultrafuser.synthesis.refusals import Asked, Refusals
 from ultrafuser.synthesis.sieve import Sieve
 from ultrafuser.synthesis.stages import (
     Answer,
@@ -265,14 +265,15 @@ class Pipeline:
                         questions.append((call.key, question))
                     answers = cluster.ask(questions, model)
                     while (found := await asyncio.to_thread(next, answers, None)) is not None:
-                        line, call, _ = asked[found[0]]
+                        line, call, question = asked[found[0]]
                         if isinstance(found[1], UnansweredError):
                             unanswered.append((found[0], found[1]))
                         elif isinstance(found[1], EndpointError):
                             failure = found[1]
                             self._refusals.spend(call, 0, 0, failure.lost)
                         else:
-                            self._receive(stage, line, call, found[1], -math.inf)  # clocks of machines differ
+                            # Clocks of machines differ.
+                            self._receive(stage, line, call, question, found[1], -math.inf)
                             checks.create_task(check(line, call))
             for key, error in unanswered:
                 self._refusals.spend(asked[key][1], 0, 0, error.lost)
@@ -298,7 +299,7 @@ class Pipeline:
                 try:
                     with self._account.promise(call, model):
                         reply = await endpoint.ask(question, model)
-                        self._receive(stage, line, call, reply, time.monotonic() - reply.seconds)
+                        self._receive(stage, line, call, question, reply, time.monotonic() - reply.seconds)
                 except UnansweredError as error:
                     self._refusals.spend(call, 0, 0, error.lost)
                     asked_s = time.monotonic() - error.seconds
@@ -328,9 +329,12 @@ class Pipeline:
             self._give_up(stage, call, reason)
             finish(line, call)
 
-        return await self._refusals.unanswered(
-            line.domain, call, question, asked_s, reason, give_up, line.answered
-        )
+        before = None
+        if line.answered is not None:
+            before = Asked(
+                line.answered, self._asked(line.answered, len(self.tools.book.problems(line.answered.key)))
+            )
+        return await self._refusals.unanswered(line.domain, call, question, asked_s, reason, give_up, before)
 
     def _question(self, stage: Stage, call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up."""
@@ -338,17 +342,23 @@ class Pipeline:
         if len(problems) >= self._recipe.readings:
             self._give_up(stage, call, problems[-1])
             return None
-        schema = None if call.kind is None else schema_of(call.kind)
-        return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
+        return self._asked(call, len(problems))
 
-    def _receive(self, stage: Stage, line: "_Line", call: Call, reply: Reply, asked_s: float) -> None:
+    def _asked(self, call: Call, num_unread: int) -> Question:
+        """What a call asks when so many answers could not be read."""
+        schema = None if call.kind is None else schema_of(call.kind)
+        return Question(call.messages, schema, self.tools.number("answer", call.key, num_unread))
+
+    def _receive(
+        self, stage: Stage, line: "_Line", call: Call, question: Question, reply: Reply, asked_s: float
+    ) -> None:
         """Write an answer down, which may then wait for being looked at."""
         model = self._recipe.model_for(stage.name)
         is_first = not self.tools.book.problems(call.key)
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
         self._refusals.spend(call, 0, 0, reply.lost)
-        self._refusals.answered(line.domain, call, asked_s, is_first=is_first)
+        self._refusals.answered(line.domain, Asked(call, question), asked_s, is_first=is_first)
 
     async def _check(self, stage: Stage, call: Call) -> bool:
         """Look at an answer that has come; whether the call is over."""

@@ -32,6 +32,13 @@ _Form = tuple[str, bool]
 """Domain, and whether JSON is wanted."""
 
 
+class Asked(NamedTuple):
+    """A call and what it asked, with the seed that was answered: another one's answer may be refused."""
+
+    call: Call
+    question: Question
+
+
 class _Held(NamedTuple):
     """A question that was refused twice."""
 
@@ -69,8 +76,8 @@ class Refusals:
         self._doubted: set[str] = set()
         self._held: list[_Held] = []
         self._num_held: Counter[str] = Counter()  # by domain
-        # By domain and whether JSON is wanted: a call that was answered, and when what was answered last was asked.
-        self._known: dict[_Form, Call] = {}
+        # By domain and whether JSON is wanted: what was answered, and when what was answered last was asked.
+        self._known: dict[_Form, Asked] = {}
         self._answers_s: defaultdict[_Form, float] = defaultdict(lambda: -math.inf)
         # By domain: calls that were answered, and those that never will be; the latter in this round.
         self._counts: dict[str, list[int]] = {}
@@ -86,18 +93,18 @@ class Refusals:
             self._known.clear()
             self._counts.clear()
 
-    def answered(self, domain: str, call: Call, asked_s: float, *, is_first: bool) -> None:
+    def answered(self, domain: str, asked: Asked, asked_s: float, *, is_first: bool) -> None:
         """A question of the stage was answered.
 
         Args:
             domain: of it.
-            call: that asked.
+            asked: the call and its question.
             asked_s: when, by the monotonic clock; minus infinity where nobody knows.
             is_first: whether it is the first answer to the call.
         """
         self._counts_of(domain)[0] += is_first
-        form = domain, call.kind is not None
-        self._known[form] = call
+        form = _form(domain, asked.question)
+        self._known[form] = asked
         self._answers_s[form] = max(self._answers_s[form], asked_s)
         if self._num_held[domain] and self._may_be_the_questions_fault(domain):
             self._give_up(domain)
@@ -110,7 +117,7 @@ class Refusals:
         asked_s: float,
         reason: str,
         give_up: Callable[[], None],
-        before: Call | None = None,
+        before: Asked | None = None,
     ) -> bool:
         """A question of the stage was not answered.
 
@@ -121,7 +128,7 @@ class Refusals:
             asked_s: when, for the last time.
             reason: why there is no answer.
             give_up: called when that is final; then the call is over.
-            before: a call of the same round and domain that was answered before this start of the run.
+            before: what was answered in the same round and domain before this start of the run.
 
         Returns:
             Whether it has to be asked again.
@@ -131,7 +138,7 @@ class Refusals:
             BudgetError: there is no money left to find out.
         """
         if before is not None:
-            self._known.setdefault((domain, before.kind is not None), before)
+            self._known.setdefault(_form(domain, before.question), before)
         if call.key not in self._doubted:
             self._doubted.add(call.key)
             await self._make_sure(domain, call, question, asked_s)
@@ -192,11 +199,12 @@ class Refusals:
         async with self._asking:  # one is enough for all who wait
             if self._answers_s[form] > since_s:
                 return
-            sure = self._known.get(form, Call(call.key, _SIMPLE, call.kind))
+            simple = Asked(Call(call.key, _SIMPLE, call.kind), Question(_SIMPLE, question.schema, 1))
+            sure, again = self._known.get(form, simple)
             await self._account.room(sure, self._model)
             with self._account.promise(sure, self._model):
                 try:
-                    reply = await self._ask(Question(sure.messages, question.schema, 1), self._model)
+                    reply = await self._ask(again, self._model)
                 except (UnansweredError, EndpointError) as error:
                     self.spend(sure, 0, 0, error.lost)
                     if isinstance(error, EndpointError):

@@ -24,7 +24,7 @@ from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, Una
 from ultrafuser.synthesis.export import export
 from ultrafuser.synthesis.pipeline import STAGES, Pipeline
 from ultrafuser.synthesis.recipe import Budget, ModelSettings, read_synthesis_recipe
-from ultrafuser.synthesis.refusals import Refusals
+from ultrafuser.synthesis.refusals import Asked, Refusals
 from ultrafuser.synthesis.stages import Call
 from ultrafuser.training.data import read_conversations
 
@@ -339,6 +339,31 @@ def test_a_server_that_only_answers_simple_questions_any_more_ends_the_run(
     assert items(tmp_path / "run") == items(clean[0])
 
 
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_what_is_asked_again_in_doubt_is_what_was_answered(serve, tmp_path, monkeypatch, concurrency):
+    """With the seed of the answer: a filter may refuse what another seed would say, and then again and again."""
+    asked, again = set(), []
+
+    async def filtered(self, question, model, *, is_patient=False):
+        if is_patient:
+            again.append((question.messages[-1]["content"], question.seed))
+        elif question.seed % 4 == 0:
+            raise UnansweredError("filtered")
+        else:
+            asked.add((question.messages[-1]["content"], question.seed))
+        return await ASK(self, question, model)
+
+    monkeypatch.setattr(Endpoint, "ask", filtered)
+    domains = {"music": {**RECIPE["domains"]["music"], "meta_topics": ["songs", "dances"]}}
+    run(
+        write_recipe(tmp_path, serve(), domains=domains, endpoint={"concurrency": concurrency}),
+        tmp_path / "run",
+    )
+    real = {key for key in again if not key[0].startswith("Answer with one word")}
+    assert real
+    assert real <= asked
+
+
 def test_answers_of_one_round_say_nothing_about_questions_of_another_kind(
     clean, serve, tmp_path, monkeypatch
 ):
@@ -449,11 +474,10 @@ def test_what_is_answered_by_others_before_a_failure_is_no_evidence(tmp_path):
         assert len(asked) == 1
         later_s = time.monotonic() + 100
         assert not await refusals.unanswered(*refused, later_s, "no", lambda: given_up.append(1))
-        other = Call("responses/text/0/1", call.messages, None)
+        other = Asked(Call("responses/text/0/1", call.messages, None), question)
         refusals.answered("text", other, later_s - 1, is_first=True)
-        refusals.answered(
-            "text", Call("", call.messages, Topics), later_s + 1, is_first=True
-        )  # of another form
+        json_wanted = Asked(Call("", call.messages, Topics), replace(question, schema={}))
+        refusals.answered("text", json_wanted, later_s + 1, is_first=True)  # of another form
         refusals.answered("code", other, later_s + 1, is_first=True)  # of another domain
         assert not given_up
         refusals.answered("text", other, later_s + 1, is_first=True)
@@ -482,7 +506,8 @@ def test_what_was_given_up_in_a_round_counts_after_a_restart(tmp_path, number, e
         model = ModelSettings(model="m")
         refusals = Refusals("sub_topics", False, model, ask, book, Account(Budget()))
         refusals.begin_round(1 - number)
-        refusals.answered("text", Call(f"sub_topics/text/{number}/0", [], None), 0.0, is_first=False)
+        known = Asked(Call(f"sub_topics/text/{number}/0", [], None), Question([], None, 0))
+        refusals.answered("text", known, 0.0, is_first=False)
         refusals.begin_round(number)
         for place in range(5):
             call = Call(
