@@ -152,7 +152,8 @@ class DraftLength:
     Expectations may be wrong for as long as they like: an account of the time that drafting has lost, against plain
     steps of as many conversations, stops it until plain steps have made up for the loss at 2 % of their time. Machines
     slow down and recover: steps with drafts are settled against what plain ones took before and after them, and a loss
-    larger than drafts cause is charged in part only. What a draft model takes to read prompts is not counted.
+    larger than drafts cause is charged in part only; so a drafted token must cost no more than about two plain steps.
+    What a draft model takes to read prompts is not counted.
 
     Args:
         guess: time of a step that drafts K tokens over a plain one's, until it has been measured.

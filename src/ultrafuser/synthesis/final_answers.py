@@ -150,7 +150,7 @@ def _in_line(line: str) -> list[str]:
     )[-_MOST_CANDIDATES:]
     if "=" in line:
         found.insert(0, line.rpartition("=")[2])
-    if re.search(r"\\[A-Za-z\[]", line) and not re.search(r"\$|\\\(", line):
+    if re.search(r"\\[A-Za-z\[]", line) and not re.search(r"\$|\\\(", line) and _understood(line) is not None:
         found.insert(0, line)
     return [answer for answer in found if not _LETTER.fullmatch(answer)]
 

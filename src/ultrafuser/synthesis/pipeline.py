@@ -329,12 +329,7 @@ class Pipeline:
             self._give_up(stage, call, reason)
             finish(line, call)
 
-        before = None
-        if line.answered is not None:
-            before = Asked(
-                line.answered, self._asked(line.answered, len(self.tools.book.problems(line.answered.key)))
-            )
-        return await self._refusals.unanswered(line.domain, call, question, asked_s, reason, give_up, before)
+        return await self._refusals.unanswered(line.domain, call, question, asked_s, reason, give_up)
 
     def _question(self, stage: Stage, call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up."""
@@ -342,12 +337,8 @@ class Pipeline:
         if len(problems) >= self._recipe.readings:
             self._give_up(stage, call, problems[-1])
             return None
-        return self._asked(call, len(problems))
-
-    def _asked(self, call: Call, num_unread: int) -> Question:
-        """What a call asks when so many answers could not be read."""
         schema = None if call.kind is None else schema_of(call.kind)
-        return Question(call.messages, schema, self.tools.number("answer", call.key, num_unread))
+        return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
 
     def _receive(
         self, stage: Stage, line: "_Line", call: Call, question: Question, reply: Reply, asked_s: float
@@ -413,12 +404,10 @@ class _Line:
 
     Attributes:
         num_over: calls that are over.
-        answered: one that was answered before this run, if there is any.
     """
 
     def __init__(self, book: Book, domain: str, number: int, plan: Iterator[Call]) -> None:
         self.domain, self.number, self.num_over = domain, number, 0
-        self.answered: Call | None = None
         self._book, self._plan = book, plan
         self._waiting: deque[Call] = deque()
         self._over: set[str] = set()
@@ -429,8 +418,6 @@ class _Line:
         """Calls that have no answer yet, planned as they are taken."""
         while batch := list(itertools.islice(self._plan, _PLANNED)):
             missing = set(self._book.unanswered([call.key for call in batch]))
-            over = (call for call in reversed(batch) if call.key not in missing)
-            self.answered = next((c for c in over if self._book.answer(c.key) is not None), self.answered)
             for call in batch:
                 self._waiting.append(replace(call, messages=()))  # an answer is read without them
                 if call.key in missing:

@@ -1,15 +1,16 @@
 """Questions that got no answer: is it the question, or does the endpoint answer nobody?
 
 Giving a question up is final, so it has to be sure. One that was not answered is asked again, and after each time the
-endpoint must have answered another one of its stage and domain: where none is under way, one that it answered before
-is asked once more. As long as it has answered none, a question that nobody could refuse has to do; so where more than a
+endpoint must have answered another one of its stage and domain: where none was since, those that it answered before are
+asked once more. As long as it has answered none, a question that nobody could refuse has to do; so where more than a
 few are refused, and more than were answered, it is not the questions' fault, and the run ends.
 """
 
 import asyncio
+import json
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from ultrafuser.synthesis.stages import Call
 _SIMPLE = [
     {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."}
 ]
+_NOBODY = "not even the simplest question is answered"
+_MOST_KNOWN = 4
+"""Answered questions that are asked again, until one of them is answered: each may be refused by chance."""
 _FEW = 10
 """Questions of a stage and domain that end a run when they are refused, if no more were answered."""
 _MOST_HELD = 1000
@@ -77,7 +81,7 @@ class Refusals:
         self._held: list[_Held] = []
         self._num_held: Counter[str] = Counter()  # by domain
         # By domain and whether JSON is wanted: what was answered, and when what was answered last was asked.
-        self._known: dict[_Form, Asked] = {}
+        self._known: defaultdict[_Form, deque[Asked]] = defaultdict(lambda: deque(maxlen=_MOST_KNOWN))
         self._answers_s: defaultdict[_Form, float] = defaultdict(lambda: -math.inf)
         # By domain: calls that were answered, and those that never will be; the latter in this round.
         self._counts: dict[str, list[int]] = {}
@@ -104,7 +108,11 @@ class Refusals:
         """
         self._counts_of(domain)[0] += is_first
         form = _form(domain, asked.question)
-        self._known[form] = asked
+        if not self._known[form]:
+            question = asked.question
+            self._book.note(self._name(form), json.dumps([asked.call.key, question.messages, question.seed]))
+            self._answers_s[form] = -math.inf  # of a simple question it says nothing any more
+        self._known[form].append(asked)
         self._answers_s[form] = max(self._answers_s[form], asked_s)
         if self._num_held[domain] and self._may_be_the_questions_fault(domain):
             self._give_up(domain)
@@ -117,7 +125,6 @@ class Refusals:
         asked_s: float,
         reason: str,
         give_up: Callable[[], None],
-        before: Asked | None = None,
     ) -> bool:
         """A question of the stage was not answered.
 
@@ -128,7 +135,6 @@ class Refusals:
             asked_s: when, for the last time.
             reason: why there is no answer.
             give_up: called when that is final; then the call is over.
-            before: what was answered in the same round and domain before this start of the run.
 
         Returns:
             Whether it has to be asked again.
@@ -137,8 +143,6 @@ class Refusals:
             EndpointError: the endpoint answers nobody, or nothing but simple questions, or nothing any more.
             BudgetError: there is no money left to find out.
         """
-        if before is not None:
-            self._known.setdefault(_form(domain, before.question), before)
         if call.key not in self._doubted:
             self._doubted.add(call.key)
             await self._make_sure(domain, call, question, asked_s)
@@ -175,8 +179,10 @@ class Refusals:
 
     def _counts_of(self, domain: str) -> list[int]:
         if domain not in self._counts:
-            number = self._number if self._rounds_differ else None
-            self._counts[domain] = list(self._book.num_calls(self._stage, domain, number))
+            # Where rounds differ, every other one is of the same kind.
+            rounds = range(self._number % 2, self._number + 1, 2) if self._rounds_differ else (None,)
+            counts = [self._book.num_calls(self._stage, domain, number) for number in rounds]
+            self._counts[domain] = [sum(column) for column in zip(*counts, strict=True)]
         if domain not in self._given_up:
             self._given_up[domain] = self._book.num_calls(self._stage, domain, self._number)[1]
         return self._counts[domain]
@@ -194,33 +200,55 @@ class Refusals:
                 self._held.append(one)
 
     async def _make_sure(self, domain: str, call: Call, question: Question, since_s: float) -> None:
-        """Wait until the endpoint has answered another question of a domain and form that was asked since then."""
+        """See to it that the endpoint has answered another question of a domain and form that was asked since then."""
         form = _form(domain, question)
         async with self._asking:  # one is enough for all who wait
-            if self._answers_s[form] > since_s:
+            known = self._others(form, call, question)
+            for asked in known or [
+                Asked(Call(call.key, _SIMPLE, call.kind), Question(_SIMPLE, question.schema, 1))
+            ]:
+                if self._answers_s[form] > since_s:
+                    return
+                error = await self._ask_again(form, asked)
+            if error is None or self._answers_s[form] > since_s:  # others may have been answered meanwhile
                 return
-            simple = Asked(Call(call.key, _SIMPLE, call.kind), Question(_SIMPLE, question.schema, 1))
-            sure, again = self._known.get(form, simple)
-            await self._account.room(sure, self._model)
-            with self._account.promise(sure, self._model):
-                try:
-                    reply = await self._ask(again, self._model)
-                except (UnansweredError, EndpointError) as error:
-                    self.spend(sure, 0, 0, error.lost)
-                    if isinstance(error, EndpointError):
-                        raise
-                    what = (
-                        f"what was answered before is not answered any more, in {domain}"
-                        if form in self._known
-                        else "not even the simplest question is answered"
-                    )
-                    raise EndpointError(
-                        f"{what}: {error}. Mend the server, or what the recipe says of it or of the stage's model, and "
-                        "run the same command again; nothing is lost."
-                    ) from error
-            self.spend(sure, reply.input_tokens, reply.output_tokens, reply.lost)
-            asked_s = time.monotonic() - reply.seconds
-            self._answers_s[form] = max(self._answers_s[form], asked_s)
+            what = "what was answered before is not answered any more" if known else _NOBODY
+            raise EndpointError(
+                f"{what} (stage {self._stage}, {domain}): {error}. Mend the server, or what the recipe says of it or "
+                "of the stage's model, and run the same command again; nothing is lost."
+            ) from error
+
+    async def _ask_again(self, form: _Form, asked: Asked) -> UnansweredError | None:
+        """Ask what was answered before; the error if it is not answered now."""
+        call, question = asked
+        await self._account.room(call, self._model)
+        with self._account.promise(call, self._model):
+            try:
+                reply = await self._ask(question, self._model)
+            except (UnansweredError, EndpointError) as error:
+                self.spend(call, 0, 0, error.lost)
+                if isinstance(error, EndpointError):
+                    raise
+                return error
+        self.spend(call, reply.input_tokens, reply.output_tokens, reply.lost)
+        self._answers_s[form] = max(self._answers_s[form], time.monotonic() - reply.seconds)
+        return None
+
+    def _others(self, form: _Form, call: Call, question: Question) -> list[Asked]:
+        """Questions of a form that were answered, the last ones first; one that the book has after a restart."""
+        known = [asked for asked in reversed(self._known[form]) if asked.call.key != call.key]
+        if known or (noted := self._book.noted(self._name(form))) is None:
+            return known
+        key, messages, seed = json.loads(noted)
+        if key == call.key:
+            return []
+        return [Asked(Call(key, messages, call.kind), Question(messages, question.schema, seed))]
+
+    def _name(self, form: _Form) -> str:
+        """Under which the book has a question that was answered."""
+        domain, wants_json = form
+        of_round = f"/{self._number}" if self._rounds_differ else ""
+        return f"answered {self._stage}/{domain}{of_round}{', JSON' if wants_json else ''}"
 
     def spend(self, call: Call, input_tokens: int, output_tokens: int, lost: int) -> None:
         """Write down what was paid for other things than answers, and what may have to be paid for lost attempts."""

@@ -142,6 +142,8 @@ def test_verdicts(reference, answer, verdict):
         ("So it is\n\\[\n2\\sqrt{3}\n\\]", "2\\sqrt{3}", True),
         ("So it is\n\\[ \\frac{\\pi}{2} \\]", "\\pi/3", False),
         ("So it is $\\frac{1}{2}$.", "1/3", False),
+        ("So it is\n\\begin{align*}\nx &= 11\n\\end{align*}", "12", False),
+        ("So x = 11.\n\\qed", "12", False),
     ],
 )
 def test_final_answers_are_found(response, reference, is_right):

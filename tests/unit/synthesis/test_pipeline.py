@@ -339,6 +339,21 @@ def test_a_server_that_only_answers_simple_questions_any_more_ends_the_run(
     assert items(tmp_path / "run") == items(clean[0])
 
 
+def test_what_is_refused_by_chance_ends_no_run(serve, tmp_path, monkeypatch):
+    """Not even what was answered before is answered always; nor is a question given up for being asked in doubt."""
+    chance = random.Random(0)
+
+    async def flaky(self, question, model, *, is_patient=False):
+        if not question.messages[0]["content"].startswith("Answer with one word") and chance.random() < 0.15:
+            raise UnansweredError("not now")
+        return await ASK(self, question, model)
+
+    monkeypatch.setattr(Endpoint, "ask", flaky)
+    run(write_recipe(tmp_path, serve(), endpoint={"concurrency": 1}), tmp_path / "run")
+    calls = rows(tmp_path / "run", "calls", "key")
+    assert 0 < len([row for row in calls if row[4] is None]) < 0.1 * len(calls)
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_what_is_asked_again_in_doubt_is_what_was_answered(serve, tmp_path, monkeypatch, concurrency):
     """With the seed of the answer: a filter may refuse what another seed would say, and then again and again."""
