@@ -23,14 +23,12 @@ from ultrafuser.synthesis.stages import Call
 _SIMPLE = [
     {"role": "user", "content": "Answer with one word, any. If you can answer in JSON only, with any."}
 ]
-_NOBODY = "not even the simplest question is answered"
 _MOST_KNOWN = 4
 """Answered questions that are asked again, until one of them is answered: each may be refused by chance."""
 _FEW = 10
 """Questions of a stage and domain that end a run when they are refused, if no more were answered."""
 _MOST_HELD = 1000
 """Refused questions that wait for answers to others, before the end of a round is not waited for either."""
-
 
 _Form = tuple[str, bool]
 """Domain, and whether JSON is wanted."""
@@ -212,7 +210,9 @@ class Refusals:
                 error = await self._ask_again(form, asked)
             if error is None or self._answers_s[form] > since_s:  # others may have been answered meanwhile
                 return
-            what = "what was answered before is not answered any more" if known else _NOBODY
+            what = "not even the simplest question is answered"
+            if known:
+                what = "what was answered before is not answered any more"
             raise EndpointError(
                 f"{what} (stage {self._stage}, {domain}): {error}. Mend the server, or what the recipe says of it or "
                 "of the stage's model, and run the same command again; nothing is lost."

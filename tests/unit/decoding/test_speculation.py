@@ -421,7 +421,7 @@ def hopeful() -> DraftLength:
 
 @pytest.mark.parametrize("conversations", [1, 3, 8])
 @pytest.mark.parametrize("acceptance_rate", [0.0, 0.3, 0.6, 0.95])
-@pytest.mark.parametrize("cost", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("cost", [0.01, 0.1, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("believed", [0.0, 0.8, 1.0])
 def test_drafting_loses_at_most_five_percent(conversations, acceptance_rate, cost, believed):
     """However wrong guesses of costs and of acceptance are, and from the first token on."""
