@@ -107,7 +107,13 @@ class SlotCache:
             (A * N, heads, L, head size); a view where the slots are contiguous.
         """
         room = self.room(index, new.shape[3], new.shape[4], plan)
-        write_positions(room, new, plan, slice(0, self._rows))
+        if plan.slots.contiguous and plan.uniform:
+            end = plan.start + plan.new_length
+            room[plan.slots.index, :, :, plan.start : end] = new.transpose(2, 3)
+        else:
+            slots = torch.tensor(plan.slots.indices, device=new.device).view(-1, 1, 1)
+            rows = torch.arange(self._rows, device=new.device).view(1, -1, 1)
+            room[slots, rows, :, plan.positions] = new
         return room[plan.slots.index, :, :, : plan.length].flatten(0, 1)
 
     def room(self, index: int, num_heads: int, head_size: int, plan: _Plan) -> Tensor:
@@ -147,29 +153,12 @@ class SlotCache:
         return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
 
 
-def write_positions(room: Tensor, new: Tensor, plan: _Plan, rows: slice) -> None:
-    """Write new positions into some rows of every slot that takes part.
-
-    Args:
-        room: (slots, N, heads, positions, head size).
-        new: (A, rows, T, heads, head size).
-        plan: of the pass.
-        rows: of each slot.
-    """
-    if plan.slots.contiguous and plan.uniform:
-        end = plan.start + plan.new_length
-        room[plan.slots.index, rows, :, plan.start : end] = new.transpose(2, 3)
-    else:
-        slots = torch.tensor(plan.slots.indices, device=new.device).view(-1, 1, 1)
-        places = torch.arange(rows.start, rows.stop, device=new.device).view(1, -1, 1)
-        room[slots, places, :, plan.positions] = new
-
-
 class _Window:
     """What one pass of a Llama-like model writes and looks at, layer by layer.
 
     Keys and values of all layers are one tensor, so that a usual pass takes its views of them once and not in every
-    layer: a small model spends as much time on handing tensors around as on computing.
+    layer, and finds out once which of the heads' positions it writes: a small model spends as much time on handing
+    tensors around as on computing.
 
     Args:
         room: (slots, N, layers * 2 * heads, positions, head size), the keys of a layer before its values.
@@ -181,13 +170,16 @@ class _Window:
     def __init__(self, room: Tensor, num_layers: int, plan: _Plan, rows: slice) -> None:
         self._plan, self._rows = plan, rows
         self._layers = room.unflatten(2, (num_layers, -1))
-        self._targets: Sequence[Tensor] = ()
         if plan.slots.contiguous:
-            mine = self._layers[plan.slots.index, rows]
-            seen = mine[..., : plan.length, :].flatten(0, 1)
+            seen = self._layers[plan.slots.index, rows, ..., : plan.length, :].flatten(0, 1)
             self._keys, self._values = (part.unbind(1) for part in seen.chunk(2, dim=2))
-            if plan.uniform:
-                self._targets = mine[..., plan.start : plan.start + plan.new_length, :].unbind(2)
+        _, num_rows, _, num_heads, length, head_size = self._layers.shape
+        self._flat, self._layer_size = room.view(-1, head_size), num_heads * length
+        index = functools.partial(torch.arange, device=room.device)
+        slots = torch.tensor(plan.slots.indices, device=room.device).view(-1, 1, 1, 1)
+        places = slots * num_rows + index(rows.start, rows.stop).view(-1, 1, 1)
+        places = places * num_layers * self._layer_size + index(num_heads) * length
+        self._places = (places + plan.positions.unsqueeze(-1)).flatten()
 
     def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values; return all that the pass may look at.
@@ -199,13 +191,10 @@ class _Window:
         Returns:
             Keys and values, (A * rows, heads, L, head size).
         """
-        if self._targets:
-            self._targets[layer].copy_(new.transpose(2, 3))
-            return self._keys[layer], self._values[layer]
-        room = self._layers[:, :, layer]
-        write_positions(room, new, self._plan, self._rows)
+        self._flat[layer * self._layer_size :].index_copy_(0, self._places, new.reshape(-1, new.shape[-1]))
         if self._plan.slots.contiguous:
             return self._keys[layer], self._values[layer]
+        room = self._layers[:, :, layer]
         seen = room[self._plan.slots.index, self._rows, :, : self._plan.length].flatten(0, 1)
         keys, values = seen.chunk(2, dim=1)
         return keys, values
