@@ -17,7 +17,7 @@ from ultrafuser.errors import UltrafuserError
 
 FILE_NAME = "book.sqlite"
 MODEL_OF = "model of "
-"""A stage: how settings begin that may change until the stage is asked."""
+"""A stage: how settings begin that may change until the stage has an answer."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -129,7 +129,7 @@ class Book:
 
         Raises:
             UltrafuserError: another process has it open, or it was begun with other settings; they are named. The
-                model of a stage that was never asked may be another one.
+                model of a stage without an answer may be another one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ class Book:
         given = {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
         known = dict(self._connection.execute("SELECT name, value FROM settings WHERE name NOT LIKE '.%'"))
         changed = sorted(name for name in given.keys() | known.keys() if known.get(name) != given.get(name))
-        free = [name for name in changed if name.startswith(MODEL_OF) and not self._is_asked(name)]
+        free = [name for name in changed if name.startswith(MODEL_OF) and not self._is_answered(name)]
         changed = [name for name in changed if name not in free]
         if known and changed:
             raise UltrafuserError(
@@ -167,12 +167,12 @@ class Book:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", new)
 
-    def _is_asked(self, name: str) -> bool:
+    def _is_answered(self, name: str) -> bool:
         """Whether there is anything that depends on the model of a stage."""
-        stage = name.removeprefix(MODEL_OF)
-        tables = ("calls", "unread", "unchecked")
-        query = " OR ".join(f"EXISTS (SELECT 1 FROM {table} WHERE key > ? AND key < ?)" for table in tables)
-        return bool(self._connection.execute(f"SELECT {query}", (f"{stage}/", f"{stage}0") * 3).fetchone()[0])
+        tables = ("calls WHERE answer IS NOT NULL AND", "unchecked WHERE")
+        query = " OR ".join(f"EXISTS (SELECT 1 FROM {table} key > ? AND key < ?)" for table in tables)
+        keys = _below(name.removeprefix(MODEL_OF))
+        return bool(self._connection.execute(f"SELECT {query}", keys * 2).fetchone()[0])
 
     def close(self) -> None:
         """Let go of it."""
@@ -293,22 +293,16 @@ class Book:
         row = self._connection.execute("SELECT reason FROM calls WHERE key = ?", (key,)).fetchone()
         return "" if row is None or row[0] is None else row[0]
 
-    def num_calls(self, stage: str, domain: str, number: int | None = None) -> tuple[int, int]:
-        """Calls of a stage in a domain, in all rounds or in one, that were ever answered, readably or not, and those
-        that were given up without.
-        """
+    def num_answered(self, stage: str, domain: str, number: int | None = None) -> int:
+        """Calls of a stage in a domain, in all rounds or in one, that have an answer."""
         of = f"{stage}/{domain}" + ("" if number is None else f"/{number}")
-        keys = (f"{of}/", f"{of}0")  # the sign behind the slash
-        answered, never = (
-            self._connection.execute(query, keys * 2).fetchone()[0]
-            for query in (
-                "SELECT COUNT(*) FROM (SELECT key FROM calls WHERE key > ? AND key < ? AND answer IS NOT NULL "
-                "UNION SELECT key FROM unread WHERE key > ? AND key < ?)",
-                "SELECT COUNT(*) FROM calls WHERE key > ? AND key < ? AND answer IS NULL "
-                "AND key NOT IN (SELECT key FROM unread WHERE key > ? AND key < ?)",
-            )
-        )
-        return answered, never
+        query = "SELECT COUNT(*) FROM calls WHERE key > ? AND key < ? AND answer IS NOT NULL"
+        return int(self._connection.execute(query, _below(of)).fetchone()[0])
+
+    def forget_unread(self, stage: str, domain: str) -> None:
+        """Let calls of a stage in a domain be asked as often as if none had been answered unreadably."""
+        query = "DELETE FROM unread WHERE key > ? AND key < ?"
+        self._connection.execute(query, _below(f"{stage}/{domain}"))
 
     def next_round(self, stage: str, domain: str) -> int | None:
         """The round that a stage has to go on with in a domain; None when it is done."""
@@ -390,6 +384,11 @@ class Book:
         """What was spent so far."""
         query = "SELECT stage, model, answers, unread, input_tokens, output_tokens FROM spending ORDER BY stage, model"
         return [Spent(*row) for row in self._connection.execute(query)]
+
+
+def _below(path: str) -> tuple[str, str]:
+    """Between which two texts all keys are that begin with a path."""
+    return f"{path}/", f"{path}0"  # the sign behind the slash
 
 
 def _whole(text: str) -> str:

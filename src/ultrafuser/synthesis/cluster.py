@@ -99,9 +99,9 @@ class Cluster:
                 yield row["key"], EndpointError(said["failed"], lost=said["lost"])
 
     async def ask_here(self, question: Question, model: ModelSettings) -> Reply:
-        """Ask from this process, and wait for an answer as long as may be; see `Endpoint.ask`."""
+        """Ask from this process; see `Endpoint.ask`."""
         async with Endpoint(self._settings, self.structured) as endpoint:
-            return await endpoint.ask(question, model, is_patient=True)
+            return await endpoint.ask(question, model)
 
     def _asked_there(self, asker: tuple[Any, ...], rows: list[dict[str, str]]) -> Iterable[dict[str, str]]:
         num_blocks = math.ceil(len(rows) / self._each)

@@ -46,12 +46,11 @@ class _AskingError(UltrafuserError):
 
     Attributes:
         lost: attempts that ended without one, but may have to be paid.
-        seconds: since the last attempt began.
     """
 
-    def __init__(self, message: str, *, lost: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, message: str, *, lost: int = 0) -> None:
         super().__init__(message)
-        self.lost, self.seconds = lost, seconds
+        self.lost = lost
 
 
 class EndpointError(_AskingError):
@@ -207,13 +206,12 @@ class Endpoint:
     ) -> None:
         await self._client.close()
 
-    async def ask(self, question: Question, model: ModelSettings, *, is_patient: bool = False) -> Reply:
+    async def ask(self, question: Question, model: ModelSettings) -> Reply:
         """Get an answer.
 
         Args:
             question: that.
             model: who answers.
-            is_patient: whether refusals, too, are waited out as long as failures are.
 
         Raises:
             EndpointError: the endpoint is not there, knows no such model or key, or never lets the request in.
@@ -221,7 +219,6 @@ class Endpoint:
         """
         pause_s, structured = _FIRST_PAUSE_S, self.structured
         attempts = refusals = lost = 0
-        most_refusals = self._settings.attempts if is_patient else _REFUSALS
         while True:
             async with self.limiter.slot(lost):
                 started_s = time.monotonic()
@@ -251,11 +248,9 @@ class Endpoint:
                             continue
                         structured = self.structured  # it was not that
                         refusals += 1
-                    if status in _ITS_OWN or refusals >= most_refusals:
+                    if status in _ITS_OWN or refusals >= _REFUSALS:
                         raise UnansweredError(
-                            f"{self._settings.base_url} refuses it: {_said(error)}",
-                            lost=lost,
-                            seconds=time.monotonic() - started_s,
+                            f"{self._settings.base_url} refuses it: {_said(error)}", lost=lost
                         ) from error
                     if status == 429:
                         self.limiter.refused(_asked_pause_s(error), started_s)
@@ -272,9 +267,7 @@ class Endpoint:
                         lost=lost,
                     ) from failure
                 raise UnansweredError(
-                    f"{self._settings.base_url} has failed at it {said}",
-                    lost=lost,
-                    seconds=time.monotonic() - started_s,
+                    f"{self._settings.base_url} has failed at it {said}", lost=lost
                 ) from failure
             await asyncio.sleep(pause_s * self._chance.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -146,13 +146,17 @@ def _final(response: str) -> tuple[list[str], bool]:
 def _in_line(line: str) -> list[str]:
     """What may be a final answer in a line that does not say so: numbers, formulas, the line if it is one."""
     found = re.findall(
-        r"\$[^$]+\$|\\\(.+?\\\)|-?\$?\d[\d.,/]*%?(?:\s*[A-Za-z]{2,12}|\s+[mgshlLKVWNJAC]\b)?", line
+        r"\$[^$]+\$|\\\(.+?\\\)|-?\$?\d(?:[\d.,/]*\d)?%?(?:\s*[A-Za-z]{2,12}|\s+[mgshlLKVWNJAC]\b)?", line
     )[-_MOST_CANDIDATES:]
+    if not re.search(r"[\\$]", line):
+        found.append(", ".join(re.findall(r"(?<![\w.])-?\d(?:[\d.,/]*\d)?", line)[-_MOST_CANDIDATES:]))
     if "=" in line:
         found.insert(0, line.rpartition("=")[2])
-    if re.search(r"\\[A-Za-z\[]", line) and not re.search(r"\$|\\\(", line) and _understood(line) is not None:
+    is_formula = re.search(r"\\[A-Za-z\[]", line) and not re.search(r"\$|\\\(", line)
+    # One with numbers that is not understood stands for what cannot be judged; one without says nothing.
+    if is_formula and (found or _understood(line) is not None):
         found.insert(0, line)
-    return [answer for answer in found if not _LETTER.fullmatch(answer)]
+    return [answer for answer in found if answer and not _LETTER.fullmatch(answer)]
 
 
 def _understood(text: str) -> _Answer | None:

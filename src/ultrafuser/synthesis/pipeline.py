@@ -4,8 +4,6 @@ import asyncio
 import gc
 import hashlib
 import itertools
-import math
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
@@ -19,12 +17,12 @@ from ultrafuser.progress import ProgressBar
 from ultrafuser.sandbox import Sandbox
 from ultrafuser.synthesis.answers import UnreadableError, schema_of
 from ultrafuser.synthesis.book import MODEL_OF, Book, Reply
-from ultrafuser.synthesis.budget import Account, BudgetError
+from ultrafuser.synthesis.budget import Account, BudgetError, most_tokens
 from ultrafuser.synthesis.cluster import MOST, Cluster
 from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
 from ultrafuser.synthesis.prompts import Prompts
 from ultrafuser.synthesis.recipe import SynthesisRecipe
-from ultrafuser.synthesis.refusals import Asked, Refusals
+from ultrafuser.synthesis.refusals import Refusals, Unanswered
 from ultrafuser.synthesis.sieve import Sieve
 from ultrafuser.synthesis.stages import (
     Answer,
@@ -47,6 +45,7 @@ STAGES: tuple[type[Stage], ...] = (
     ComplicatedStage,
     ResponseStage,
 )
+_SIMPLE = [{"role": "user", "content": "Answer with one word, any."}]
 _PLANNED = 10
 """Calls that are planned and looked for in the book at once: more would keep answers that have come waiting."""
 
@@ -54,7 +53,7 @@ _PLANNED = 10
 def settings_of(recipe: SynthesisRecipe, prompts: Prompts) -> dict[str, Any]:
     """Everything that a result depends on, by name; what may change between two parts of a run is not in it."""
     settings = recipe.model_dump(
-        mode="json", exclude={"endpoint", "budget", "embedding", "prompts", "stages", "model"}
+        mode="json", exclude={"endpoint", "budget", "embedding", "prompts", "stages", "model", "unanswered"}
     )
     filters = settings.pop("filters")
     filters["benchmarks"] = sorted(
@@ -148,11 +147,6 @@ class Pipeline:
 
     async def _run_stages(self, asked: Endpoint | Cluster) -> None:
         for stage in self._stages:
-            model = self._recipe.model_for(stage.name)
-            ask = asked.ask_here if isinstance(asked, Cluster) else partial(asked.ask, is_patient=True)
-            self._refusals = Refusals(
-                stage.name, stage.rounds_differ, model, ask, self.tools.book, self._account
-            )
             while lines := self._next_lines(stage):
                 await self._run_round(asked, stage, lines)
 
@@ -173,9 +167,11 @@ class Pipeline:
     async def _run_round(self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]") -> None:
         """Get an answer to every question of a round that has none, and make of the answers what they make."""
         number = lines[0].number
-        self._refusals.begin_round(number)
         domains = [line.domain for line in lines]
-        expected = sum(stage.expected_calls(self._recipe.domains[domain]) for domain in domains)
+        calls = {domain: stage.expected_calls(self._recipe.domains[domain]) for domain in domains}
+        expected = sum(calls.values())
+        find_out = partial(self._find_out, asked, stage)
+        self._refusals = Refusals(stage, number, calls, self._recipe.unanswered, self.tools.book, find_out)
         title = f"{stage.name.replace('_', ' ')}, {', '.join(domains)}"
 
         def finish(line: _Line, call: Call) -> None:
@@ -200,13 +196,52 @@ class Pipeline:
     async def _ask(
         self, asked: Endpoint | Cluster, stage: Stage, lines: "list[_Line]", finish: "_Finish"
     ) -> None:
-        """Ask what has no answer; a call that is refused is over once it is clear that others are not."""
-        waiting = ((line, call) for line in lines for call in line.unanswered())
-        if isinstance(asked, Cluster):
-            await self._ask_cluster(asked, stage, waiting, finish)
-        else:
-            await self._ask_endpoint(asked, stage, waiting, finish)
-        await self._refusals.end_round()
+        """Ask what has no answer; what is refused once more, and then give it up, or end the run."""
+        of = {line.domain: line for line in lines}
+
+        async def ask(waiting: Iterator[tuple[_Line, Call]]) -> None:
+            if isinstance(asked, Cluster):
+                await self._ask_cluster(asked, stage, waiting, finish)
+            else:
+                await self._ask_endpoint(asked, stage, waiting, finish)
+
+        await ask((line, call) for line in lines for call in line.unanswered())
+        await ask((of[one.domain], one.call) for one in self._refusals.once_more())
+        book, model = self.tools.book, self._recipe.model_for(stage.name).model
+        for domain, call, reason in await self._refusals.given_up():
+            book.give_up(call.key, stage.name, model, len(book.problems(call.key)), reason)
+            finish(of[domain], call)
+
+    async def _find_out(self, asked: Endpoint | Cluster, stage: Stage) -> None:
+        """See whether the endpoint answers anybody.
+
+        Raises:
+            EndpointError: it does not.
+        """
+        call, model = Call(f"{stage.name}/-", _SIMPLE, None), self._recipe.model_for(stage.name)
+        ask = asked.ask_here if isinstance(asked, Cluster) else asked.ask
+        await self._account.room(call, model)
+        with self._account.promise(call, model):
+            try:
+                reply = await ask(Question(_SIMPLE, None, 0), model)
+            except UnansweredError as error:
+                self._spend(stage, call, lost=error.lost)
+                raise EndpointError(
+                    f"not even the simplest question is answered: {error}. Mend the server, or what the recipe says of "
+                    f"it or of the model of the stage {stage.name}, and run the same command again; nothing is lost."
+                ) from error
+            self._spend(stage, call, reply.input_tokens, reply.output_tokens, lost=reply.lost)
+
+    def _spend(
+        self, stage: Stage, call: Call, input_tokens: int = 0, output_tokens: int = 0, *, lost: int
+    ) -> None:
+        """Write down what was paid for other things than answers, and what lost attempts may have cost."""
+        model = self._recipe.model_for(stage.name)
+        most_read, most_written = most_tokens(call, model)
+        read, written = input_tokens + lost * most_read, output_tokens + lost * most_written
+        if read or written:
+            self.tools.book.spend(stage.name, model.model, read, written)
+            self._account.spend(model, read, written)
 
     async def _ask_endpoint(
         self, endpoint: Endpoint, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]", finish: "_Finish"
@@ -241,7 +276,7 @@ class Pipeline:
                 else:
                     again.append((line, call))
 
-            asked: dict[str, tuple[_Line, Call, Question]] = {}
+            asked: dict[str, tuple[_Line, Call]] = {}
             unanswered: list[tuple[str, UnansweredError]] = []
             failure: EndpointError | None = None
             questions: list[tuple[str, Question]] = []
@@ -251,8 +286,7 @@ class Pipeline:
                         if self.tools.book.unchecked(call.key) is not None:
                             checks.create_task(check(line, call))
                             continue
-                        if (question := self._question(stage, call)) is None:
-                            finish(line, call)
+                        if (question := self._question(stage, line, call)) is None:
                             continue
                         try:
                             promises.enter_context(self._account.promise(call, model))
@@ -261,29 +295,27 @@ class Pipeline:
                                 raise
                             again += batch[place:]  # when these are paid, more may be left than it seems
                             break
-                        asked[call.key] = (line, call, question)
+                        asked[call.key] = (line, call)
                         questions.append((call.key, question))
                     answers = cluster.ask(questions, model)
                     while (found := await asyncio.to_thread(next, answers, None)) is not None:
-                        line, call, question = asked[found[0]]
+                        line, call = asked[found[0]]
                         if isinstance(found[1], UnansweredError):
                             unanswered.append((found[0], found[1]))
                         elif isinstance(found[1], EndpointError):
                             failure = found[1]
-                            self._refusals.spend(call, 0, 0, failure.lost)
+                            self._spend(stage, call, lost=failure.lost)
                         else:
-                            # Clocks of machines differ.
-                            self._receive(stage, line, call, question, found[1], -math.inf)
+                            self._receive(stage, call, found[1])
                             checks.create_task(check(line, call))
             for key, error in unanswered:
-                self._refusals.spend(asked[key][1], 0, 0, error.lost)
+                self._spend(stage, asked[key][1], lost=error.lost)
             if failure is not None:
                 raise failure
-            asked_s = time.monotonic()  # all of them before that
-            for key, error in unanswered:
-                line, call, question = asked[key]
-                if await self._unanswered(stage, line, call, question, asked_s, str(error), finish):
-                    again.append((line, call))
+            await self._refusals.refused(
+                Unanswered(line.domain, call, str(error))
+                for (line, call), error in ((asked[key], error) for key, error in unanswered)
+            )
             waiting = itertools.chain(again, waiting)
 
     async def _answer(
@@ -293,63 +325,40 @@ class Pipeline:
         model = self._recipe.model_for(stage.name)
         while True:
             if self.tools.book.unchecked(call.key) is None:
-                if (question := self._question(stage, call)) is None:
-                    break
+                if (question := self._question(stage, line, call)) is None:
+                    return
                 await self._account.room(call, model)
                 try:
                     with self._account.promise(call, model):
                         reply = await endpoint.ask(question, model)
-                        self._receive(stage, line, call, question, reply, time.monotonic() - reply.seconds)
+                        self._receive(stage, call, reply)
                 except UnansweredError as error:
-                    self._refusals.spend(call, 0, 0, error.lost)
-                    asked_s = time.monotonic() - error.seconds
-                    if await self._unanswered(stage, line, call, question, asked_s, str(error), finish):
-                        continue
+                    self._spend(stage, call, lost=error.lost)
+                    await self._refusals.refused([Unanswered(line.domain, call, str(error))])
                     return
                 except EndpointError as error:
-                    self._refusals.spend(call, 0, 0, error.lost)
+                    self._spend(stage, call, lost=error.lost)
                     raise
             if await self._check(stage, call):
                 break
         finish(line, call)
 
-    async def _unanswered(
-        self,
-        stage: Stage,
-        line: "_Line",
-        call: Call,
-        question: Question,
-        asked_s: float,
-        reason: str,
-        finish: "_Finish",
-    ) -> bool:
-        """Whether a call that was not answered has to be asked again; otherwise it is over, now or later."""
-
-        def give_up() -> None:
-            self._give_up(stage, call, reason)
-            finish(line, call)
-
-        return await self._refusals.unanswered(line.domain, call, question, asked_s, reason, give_up)
-
-    def _question(self, stage: Stage, call: Call) -> Question | None:
-        """What to ask next; None where it was asked often enough, and the call is given up."""
+    def _question(self, stage: Stage, line: "_Line", call: Call) -> Question | None:
+        """What to ask next; None where it was asked often enough, and the call is given up at the end of the round."""
         problems = self.tools.book.problems(call.key)
         if len(problems) >= self._recipe.readings:
-            self._give_up(stage, call, problems[-1])
+            self._refusals.unreadable(Unanswered(line.domain, call, problems[-1]))
             return None
         schema = None if call.kind is None else schema_of(call.kind)
         return Question(call.messages, schema, self.tools.number("answer", call.key, len(problems)))
 
-    def _receive(
-        self, stage: Stage, line: "_Line", call: Call, question: Question, reply: Reply, asked_s: float
-    ) -> None:
+    def _receive(self, stage: Stage, call: Call, reply: Reply) -> None:
         """Write an answer down, which may then wait for being looked at."""
         model = self._recipe.model_for(stage.name)
-        is_first = not self.tools.book.problems(call.key)
         self.tools.book.receive(call.key, stage.name, model.model, reply)
         self._account.spend(model, reply.input_tokens, reply.output_tokens)
-        self._refusals.spend(call, 0, 0, reply.lost)
-        self._refusals.answered(line.domain, Asked(call, question), asked_s, is_first=is_first)
+        self._spend(stage, call, lost=reply.lost)
+        self._refusals.answered()
 
     async def _check(self, stage: Stage, call: Call) -> bool:
         """Look at an answer that has come; whether the call is over."""
@@ -363,10 +372,6 @@ class Pipeline:
             problem = str(error)
         book.record(call.key, stage.name, model.model, len(book.problems(call.key)), reply, problem)
         return problem is None
-
-    def _give_up(self, stage: Stage, call: Call, reason: str) -> None:
-        book, model = self.tools.book, self._recipe.model_for(stage.name).model
-        book.give_up(call.key, stage.name, model, len(book.problems(call.key)), reason)
 
     async def _problem(self, stage: Stage, call: Call, text: str) -> str | None:
         if stage.takes_time(call):

@@ -189,6 +189,13 @@ class SynthesisRecipe(RecipeSection):
     )
     rounds: int = Field(default=20, ge=1, description="of asking for more, when answers repeat themselves")
     readings: int = Field(default=6, ge=1, description="of a request whose answer could not be read")
+    unanswered: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the questions of a stage and domain (of a round of responses) that may stay without an "
+        "answer, refused or failed twice; where more do, the run ends, and the next one asks them again",
+    )
 
     @model_validator(mode="after")
     def _names_are_parts_of_paths(self) -> Self:

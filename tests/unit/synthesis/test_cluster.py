@@ -60,13 +60,21 @@ def test_a_budget_that_is_spent_stops_it_and_more_goes_on(serve, tmp_path):
 
 def test_a_question_that_alone_is_refused_is_given_up_by_all(serve, tmp_path):
     """The server refuses prompts that have certain words in them."""
-    recipe = write_recipe(tmp_path, serve(refused="number 9"), domains=SMALL)
+    recipe = write_recipe(tmp_path, serve(refused="number 9"), domains=SMALL, unanswered=0.9)
     run(recipe, tmp_path / "one", None)
     given_up = [row[0] for row in rows(tmp_path / "one", "calls", "key") if row[4] is None]
     assert 0 < len(given_up) < len(rows(tmp_path / "one", "calls", "key"))
     run(recipe, tmp_path / "two", 2)
     assert items(tmp_path / "two") == items(tmp_path / "one")
     assert [row[0] for row in rows(tmp_path / "two", "calls", "key") if row[4] is None] == given_up
+
+
+def test_a_server_that_refuses_everything_ends_the_run(serve, tmp_path):
+    with pytest.raises(EndpointError, match="not even the simplest question is answered"):
+        run(write_recipe(tmp_path, serve(refused="e"), domains=SMALL), tmp_path / "run", 2)
+    run(write_recipe(tmp_path, serve(), domains=SMALL), tmp_path / "run", 2)
+    run(write_recipe(tmp_path, serve(), domains=SMALL), tmp_path / "clean", None)
+    assert items(tmp_path / "run") == items(tmp_path / "clean")
 
 
 def test_an_endpoint_that_fails_is_told(serve):

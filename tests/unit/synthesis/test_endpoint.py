@@ -20,7 +20,7 @@ GOOD = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "a
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}  # fmt: skip
 
 
-def ask(answers, question=TEXT, *, times=1, is_patient=False, **settings):
+def ask(answers, question=TEXT, *, times=1, **settings):
     """Ask an endpoint that gives these (status, JSON or bytes, headers) in turn; the last reply, and what was sent."""
     sent = []
 
@@ -45,7 +45,7 @@ def ask(answers, question=TEXT, *, times=1, is_patient=False, **settings):
         async with endpoint:
             for _ in range(times - 1):
                 await endpoint.ask(question, MODEL)
-            return await endpoint.ask(question, MODEL, is_patient=is_patient), endpoint
+            return await endpoint.ask(question, MODEL), endpoint
 
     reply, endpoint = asyncio.run(go())
     return reply, sent, endpoint
@@ -118,8 +118,6 @@ def test_one_bad_request_does_not():
         ask([refused])
     reply, sent, _ = ask([refused, refused, (200, GOOD)])  # a server that was being started
     assert (reply.text, len(sent)) == ("yes", 3)
-    reply, sent, _ = ask([*[refused] * 6, (200, GOOD)], is_patient=True, attempts=7)
-    assert (reply.text, len(sent)) == ("yes", 7)
 
 
 def test_attempts_that_may_have_to_be_paid_are_counted():

@@ -144,6 +144,15 @@ def test_verdicts(reference, answer, verdict):
         ("So it is $\\frac{1}{2}$.", "1/3", False),
         ("So it is\n\\begin{align*}\nx &= 11\n\\end{align*}", "12", False),
         ("So x = 11.\n\\qed", "12", False),
+        # with numbers, but not understood: not judged
+        ("So it is\n\\[ \\mathbf{\\frac{\\sqrt{3}}{2}} \\]", "\\frac{\\sqrt{3}}{2}", True),
+        ("So it is\n\\[ x \\approx \\frac{22}{7} \\]", "\\frac{22}{7}", True),
+        ("So the probability is \\frac{1}{2}.", "1/2", True),
+        # several numbers
+        ("So it is 5/6, i.e. about 83%.", "5/6", True),
+        ("Hence x = 3 or x = -3.", "3, -3", True),
+        ("Hence x = 3 or x = -2.", "3, -3", False),
+        ("So it is 1/3, and that is it.", "2/3", False),
     ],
 )
 def test_final_answers_are_found(response, reference, is_right):

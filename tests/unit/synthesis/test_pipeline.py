@@ -17,14 +17,12 @@ import pytest
 import yaml
 
 from ultrafuser.errors import UltrafuserError
-from ultrafuser.synthesis.answers import Topics
 from ultrafuser.synthesis.book import Book, Reply
 from ultrafuser.synthesis.budget import Account, BudgetError
-from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, Question, UnansweredError
+from ultrafuser.synthesis.endpoint import Endpoint, EndpointError, UnansweredError
 from ultrafuser.synthesis.export import export
 from ultrafuser.synthesis.pipeline import STAGES, Pipeline
 from ultrafuser.synthesis.recipe import Budget, ModelSettings, read_synthesis_recipe
-from ultrafuser.synthesis.refusals import Asked, Refusals
 from ultrafuser.synthesis.stages import Call
 from ultrafuser.training.data import read_conversations
 
@@ -276,7 +274,7 @@ def test_it_stops_within_the_budget_and_goes_on_with_another(clean, serve, tmp_p
 ASK = Endpoint.ask
 
 
-async def refuse(self, question, model, *, is_patient=False):
+async def refuse(self, question, model):
     raise UnansweredError("no such setting")
 
 
@@ -284,262 +282,12 @@ def refuse_after(count):
     """An endpoint that answers so many questions, and then nobody any more."""
     answered = 0
 
-    async def ask(self, question, model, *, is_patient=False):
+    async def ask(self, question, model):
         nonlocal answered
         answered += 1
         return await (refuse if answered > count else ASK)(self, question, model)
 
     return ask
-
-
-@pytest.mark.parametrize("concurrency", [3, 64])
-def test_a_server_that_refuses_everything_ends_the_run_and_loses_nothing(
-    clean, serve, tmp_path, monkeypatch, concurrency
-):
-    path = write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency})
-    for count in (0, 1, 3, 40, 0, 60):  # refused in small rounds and in large ones, at once and after answers
-        with monkeypatch.context() as patch:
-            patch.setattr(Endpoint, "ask", refuse_after(count))
-            message = (
-                "not even the simplest question is answered|what was answered before is not answered any more"
-            )
-            with pytest.raises(EndpointError, match=rf"({message}).*: no such setting\. Mend"):
-                run(path, tmp_path / "run")
-    run(path, tmp_path / "run")
-    assert items(tmp_path / "run") == items(clean[0])
-
-
-@pytest.mark.parametrize("concurrency", [1, 64])
-@pytest.mark.parametrize("count", [20, 45])
-def test_a_server_that_only_answers_simple_questions_any_more_ends_the_run(
-    clean, serve, tmp_path, monkeypatch, concurrency, count
-):
-    """Half of a round may be answered already, so that refusals are fewer than answers."""
-    answered = 0
-
-    async def broken(self, question, model, *, is_patient=False):
-        nonlocal answered
-        if question.schema is None and not question.messages[0]["content"].startswith("Answer with one word"):
-            answered += 1
-            if answered > count:
-                raise UnansweredError("filtered")
-        return await ASK(self, question, model)
-
-    path = write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency})
-    for _ in range(2):  # the second time no question of the stage was answered by this process
-        with monkeypatch.context() as patch:
-            patch.setattr(Endpoint, "ask", broken)
-            message = (
-                "what was answered before is not answered any more|answers simple questions, but refuses more"
-            )
-            with pytest.raises(EndpointError, match=rf"({message}).*: filtered"):
-                run(path, tmp_path / "run")
-    assert not [row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
-    run(path, tmp_path / "run")
-    assert items(tmp_path / "run") == items(clean[0])
-
-
-def test_what_is_refused_by_chance_ends_no_run(serve, tmp_path, monkeypatch):
-    """Not even what was answered before is answered always; nor is a question given up for being asked in doubt."""
-    chance = random.Random(0)
-
-    async def flaky(self, question, model, *, is_patient=False):
-        if not question.messages[0]["content"].startswith("Answer with one word") and chance.random() < 0.15:
-            raise UnansweredError("not now")
-        return await ASK(self, question, model)
-
-    monkeypatch.setattr(Endpoint, "ask", flaky)
-    run(write_recipe(tmp_path, serve(), endpoint={"concurrency": 1}), tmp_path / "run")
-    calls = rows(tmp_path / "run", "calls", "key")
-    assert 0 < len([row for row in calls if row[4] is None]) < 0.1 * len(calls)
-
-
-@pytest.mark.parametrize("concurrency", [1, 8])
-def test_what_is_asked_again_in_doubt_is_what_was_answered(serve, tmp_path, monkeypatch, concurrency):
-    """With the seed of the answer: a filter may refuse what another seed would say, and then again and again."""
-    asked, again = set(), []
-
-    async def filtered(self, question, model, *, is_patient=False):
-        if is_patient:
-            again.append((question.messages[-1]["content"], question.seed))
-        elif question.seed % 4 == 0:
-            raise UnansweredError("filtered")
-        else:
-            asked.add((question.messages[-1]["content"], question.seed))
-        return await ASK(self, question, model)
-
-    monkeypatch.setattr(Endpoint, "ask", filtered)
-    domains = {"music": {**RECIPE["domains"]["music"], "meta_topics": ["songs", "dances"]}}
-    run(
-        write_recipe(tmp_path, serve(), domains=domains, endpoint={"concurrency": concurrency}),
-        tmp_path / "run",
-    )
-    real = {key for key in again if not key[0].startswith("Answer with one word")}
-    assert real
-    assert real <= asked
-
-
-def test_answers_of_one_round_say_nothing_about_questions_of_another_kind(
-    clean, serve, tmp_path, monkeypatch
-):
-    """A server that does not say what a person would ask next, after many answers to first questions."""
-
-    async def narrow(self, question, model, *, is_patient=False):
-        alone = len(question.messages) == 1 and question.schema is None
-        if alone and not question.messages[0]["content"].startswith("Answer with one word"):
-            raise UnansweredError("one turn only")
-        return await ASK(self, question, model)
-
-    recipe = {"text": {**RECIPE["domains"]["text"], "several_turns": 0.9}}
-    path = write_recipe(tmp_path, serve(), domains=recipe)
-    with monkeypatch.context() as patch:
-        patch.setattr(Endpoint, "ask", narrow)
-        with pytest.raises(
-            EndpointError, match=r"refuses more of the stage responses in text.*one turn only"
-        ):
-            run(path, tmp_path / "run")
-    assert len([row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]) < 10
-    run(path, tmp_path / "run")
-    turns = [len(row[-1]) for row in items(tmp_path / "run") if row[0] == "responses"]
-    assert len(turns) > 10
-
-
-@pytest.mark.parametrize("every", [10, 3])
-@pytest.mark.parametrize("concurrency", [1, 64])
-def test_a_question_that_alone_is_refused_is_given_up(serve, tmp_path, monkeypatch, concurrency, every):
-    refused = []
-
-    async def picky(self, question, model, *, is_patient=False):
-        if question.seed % every == 0:
-            refused.append(question)
-            raise UnansweredError("not that")
-        return await ASK(self, question, model)
-
-    monkeypatch.setattr(Endpoint, "ask", picky)
-    recipe = write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency})
-    run(recipe, tmp_path / "run")
-    given_up = [row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
-    assert 2 * len(given_up) == len(refused) > 6  # each was asked once more
-    assert {row[6] for row in given_up} == {"not that"}
-    assert f"{len(given_up)} questions were given up:" in (tmp_path / "run" / "README.md").read_text()
-    lost = [json.loads(line) for line in (tmp_path / "run" / "removed.jsonl").read_text().splitlines()]
-    assert {row["detail"] for row in lost if row["reason"] == "no response"} == {"not that"}
-    refused.clear()
-    run(recipe, tmp_path / "run")
-    assert not refused
-
-
-@pytest.mark.parametrize("stage", ["meta_topics", "responses"])
-def test_prompts_that_nobody_answers_end_the_run(clean, serve, tmp_path, monkeypatch, stage):
-    """A stage that asks for too much is not the questions' fault; a few questions may be at fault themselves."""
-
-    async def picky(self, question, model, *, is_patient=False):
-        if is_patient or (question.schema is None) != (stage == "responses"):
-            return await ASK(self, question, model)
-        raise UnansweredError("max_tokens is too large")
-
-    path = write_recipe(tmp_path, serve())
-    with monkeypatch.context() as patch:
-        patch.setattr(Endpoint, "ask", picky)
-        message = rf"answers simple questions, but refuses more of the stage {stage}.*max_tokens is too large"
-        for _ in range(2):
-            with pytest.raises(EndpointError, match=message):
-                run(path, tmp_path / "run")
-    assert len([row for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]) < 20
-    if stage == "responses":
-        run(path, tmp_path / "run")
-        assert items(tmp_path / "run") == items(clean[0])
-
-
-@pytest.mark.parametrize("concurrency", [1, 64])
-def test_refusals_may_lie_together(serve, tmp_path, monkeypatch, concurrency):
-    """A server that does not want to speak about the first topic: those are given up, all others are there."""
-    refused = set()
-
-    async def picky(self, question, model, *, is_patient=False):
-        if question.schema is None and not is_patient and (len(refused) < 15 or question.seed in refused):
-            refused.add(question.seed)
-            raise UnansweredError("not that")
-        return await ASK(self, question, model)
-
-    monkeypatch.setattr(Endpoint, "ask", picky)
-    run(write_recipe(tmp_path, serve(), endpoint={"concurrency": concurrency}), tmp_path / "run")
-    given_up = [row[0] for row in rows(tmp_path / "run", "calls", "key") if row[4] is None]
-    assert len(given_up) == 15
-    made = [(stage, domain) for stage, domain, *_ in items(tmp_path / "run")]
-    assert made.count(("responses", "code")) == 25
-
-
-def test_what_is_answered_by_others_before_a_failure_is_no_evidence(tmp_path):
-    """Only an answer to what was asked after a question was refused shows that it is the question's own fault."""
-    given_up, asked = [], []
-
-    async def story():
-        async def ask(question, model):
-            asked.append(question)
-            return Reply("yes", "stop", 1, 1, 0.0)
-
-        book = Book.open(tmp_path, {})
-        model = ModelSettings(model="m")
-        refusals = Refusals("responses", True, model, ask, book, Account(Budget()))
-        call = Call("responses/text/0/0", [{"role": "user", "content": "hello"}], None)
-        question = Question(call.messages, None, 0)
-        refused = ("text", call, question)
-        assert await refusals.unanswered(*refused, 10.0, "no", lambda: given_up.append(1))
-        assert len(asked) == 1
-        later_s = time.monotonic() + 100
-        assert not await refusals.unanswered(*refused, later_s, "no", lambda: given_up.append(1))
-        other = Asked(Call("responses/text/0/1", call.messages, None), question)
-        refusals.answered("text", other, later_s - 1, is_first=True)
-        json_wanted = Asked(Call("", call.messages, Topics), replace(question, schema={}))
-        refusals.answered("text", json_wanted, later_s + 1, is_first=True)  # of another form
-        refusals.answered("code", other, later_s + 1, is_first=True)  # of another domain
-        assert not given_up
-        refusals.answered("text", other, later_s + 1, is_first=True)
-        assert given_up == [1]
-        book.close()
-
-    asyncio.run(story())
-
-
-@pytest.mark.parametrize(("number", "ends"), [(0, True), (1, False)])
-def test_what_was_given_up_in_a_round_counts_after_a_restart(tmp_path, number, ends):
-    """Otherwise a run that was ended by refusals would give them up when it is started again."""
-
-    async def ask(question, model):
-        return Reply("yes", "stop", 1, 1, 0.0)
-
-    async def story():
-        book = Book.open(tmp_path, {})
-        for place in range(12):
-            key = f"sub_topics/text/0/{place}"
-            book.receive(key, "sub_topics", "m", Reply("text", "stop", 1, 1, 0.0))
-            book.record(key, "sub_topics", "m", 0, book.unchecked(key), None)
-        for place in range(12, 21):
-            book.give_up(f"sub_topics/text/0/{place}", "sub_topics", "m", 0, "no")
-        given_up = []
-        model = ModelSettings(model="m")
-        refusals = Refusals("sub_topics", False, model, ask, book, Account(Budget()))
-        refusals.begin_round(1 - number)
-        known = Asked(Call(f"sub_topics/text/{number}/0", [], None), Question([], None, 0))
-        refusals.answered("text", known, 0.0, is_first=False)
-        refusals.begin_round(number)
-        for place in range(5):
-            call = Call(
-                f"sub_topics/text/{number}/{30 + place}", [{"role": "user", "content": "hello"}], None
-            )
-            for _ in range(2):
-                question = Question(call.messages, None, 0)
-                await refusals.unanswered("text", call, question, 0.0, "no", lambda: given_up.append(1))
-        if ends:
-            with pytest.raises(EndpointError, match="refuses more of the stage sub_topics in text"):
-                await refusals.end_round()
-        else:
-            await refusals.end_round()
-        assert len(given_up) == (0 if ends else 5)
-        book.close()
-
-    asyncio.run(story())
 
 
 def test_a_stage_that_was_never_asked_may_have_another_model(clean, serve, tmp_path, monkeypatch):
@@ -601,7 +349,7 @@ def test_the_same_pipeline_goes_on_as_a_new_one_would(clean, serve, tmp_path, mo
 def test_what_lost_attempts_may_have_cost_is_in_the_account(clean, serve, tmp_path, monkeypatch):
     lost = []
 
-    async def losing(self, question, model, *, is_patient=False):
+    async def losing(self, question, model):
         reply = await ASK(self, question, model)
         if question.schema is None:
             lost.append(2)
