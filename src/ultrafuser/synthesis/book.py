@@ -166,6 +166,9 @@ class Book:
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", new)
+            for name in free:  # what another model said that could not be read says nothing
+                keys = _below(name.removeprefix(MODEL_OF))
+                self._connection.execute("DELETE FROM unread WHERE key > ? AND key < ?", keys)
 
     def _is_answered(self, name: str) -> bool:
         """Whether there is anything that depends on the model of a stage."""
@@ -299,10 +302,14 @@ class Book:
         query = "SELECT COUNT(*) FROM calls WHERE key > ? AND key < ? AND answer IS NOT NULL"
         return int(self._connection.execute(query, _below(of)).fetchone()[0])
 
-    def forget_unread(self, stage: str, domain: str) -> None:
-        """Let calls of a stage in a domain be asked as often as if none had been answered unreadably."""
-        query = "DELETE FROM unread WHERE key > ? AND key < ?"
-        self._connection.execute(query, _below(f"{stage}/{domain}"))
+    def read_on(self, stage: str, domain: str) -> None:
+        """Let calls of a stage in a domain whose answers could not be read be asked as often again."""
+        self.note(f"readings of {stage}/{domain}", str(self.times_to_read(stage, domain) + 1))
+
+    def times_to_read(self, stage: str, domain: str) -> int:
+        """How many times as many readings as usual calls of a stage in a domain may take."""
+        noted = self.noted(f"readings of {stage}/{domain}")
+        return 1 if noted is None else int(noted)
 
     def next_round(self, stage: str, domain: str) -> int | None:
         """The round that a stage has to go on with in a domain; None when it is done."""

@@ -46,6 +46,8 @@ STAGES: tuple[type[Stage], ...] = (
     ResponseStage,
 )
 _SIMPLE = [{"role": "user", "content": "Answer with one word, any."}]
+_FIRST = 200
+"""Questions of a stage that are handed to Ray at once as long as none of it is answered."""
 _PLANNED = 10
 """Calls that are planned and looked for in the book at once: more would keep answers that have come waiting."""
 
@@ -220,17 +222,24 @@ class Pipeline:
         """
         call, model = Call(f"{stage.name}/-", _SIMPLE, None), self._recipe.model_for(stage.name)
         ask = asked.ask_here if isinstance(asked, Cluster) else asked.ask
-        await self._account.room(call, model)
-        with self._account.promise(call, model):
-            try:
-                reply = await ask(Question(_SIMPLE, None, 0), model)
-            except UnansweredError as error:
-                self._spend(stage, call, lost=error.lost)
-                raise EndpointError(
-                    f"not even the simplest question is answered: {error}. Mend the server, or what the recipe says of "
-                    f"it or of the model of the stage {stage.name}, and run the same command again; nothing is lost."
-                ) from error
-            self._spend(stage, call, reply.input_tokens, reply.output_tokens, lost=reply.lost)
+        for is_last in (False, True):  # one refusal may be chance
+            await self._account.room(call, model)
+            with self._account.promise(call, model):
+                try:
+                    reply = await ask(Question(_SIMPLE, None, int(is_last)), model)
+                except (UnansweredError, EndpointError) as error:
+                    self._spend(stage, call, lost=error.lost)
+                    if isinstance(error, EndpointError):
+                        raise
+                    if is_last:
+                        raise EndpointError(
+                            f"not even the simplest question is answered: {error}. Mend the server, or what the recipe "
+                            f"says of it or of the model of the stage {stage.name}, and run the same command again; "
+                            "nothing is lost."
+                        ) from error
+                else:
+                    self._spend(stage, call, reply.input_tokens, reply.output_tokens, lost=reply.lost)
+                    return
 
     def _spend(
         self, stage: Stage, call: Call, input_tokens: int = 0, output_tokens: int = 0, *, lost: int
@@ -267,7 +276,12 @@ class Pipeline:
     ) -> None:
         """Many at a time; what could not be read, or was refused, comes again with the next ones."""
         model = self._recipe.model_for(stage.name)
-        while batch := list(itertools.islice(waiting, MOST)):
+        book = self.tools.book
+        while True:
+            # Only so many while it may be that no answer can be read: each is paid as often as readings allows.
+            is_answered = any(book.num_answered(stage.name, domain) for domain in self._recipe.domains)
+            if not (batch := list(itertools.islice(waiting, MOST if is_answered else _FIRST))):
+                break
             again: list[tuple[_Line, Call]] = []
 
             async def check(line: _Line, call: Call, again: list[tuple[_Line, Call]] = again) -> None:
@@ -346,7 +360,11 @@ class Pipeline:
     def _question(self, stage: Stage, line: "_Line", call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up at the end of the round."""
         problems = self.tools.book.problems(call.key)
-        if len(problems) >= self._recipe.readings:
+        if (
+            len(problems) >= self._recipe.readings  # as a rule not, so that no more is looked for
+            and len(problems)
+            >= self._recipe.readings * self.tools.book.times_to_read(stage.name, line.domain)
+        ):
             self._refusals.unreadable(Unanswered(line.domain, call, problems[-1]))
             return None
         schema = None if call.kind is None else schema_of(call.kind)

@@ -193,8 +193,8 @@ class SynthesisRecipe(RecipeSection):
         default=0.1,
         ge=0,
         le=1,
-        description="share of the questions of a stage and domain (of a round of responses) that may stay without an "
-        "answer, refused or failed twice; where more do, the run ends, and the next one asks them again",
+        description="share of the questions of a stage and domain (of a round of responses), rounded up, that may stay "
+        "without an answer, refused or failed twice; where more do, the run ends, and the next one asks them again",
     )
 
     @model_validator(mode="after")

@@ -136,6 +136,10 @@ class Stage(ABC):
         """Whether `problem` waits for other processes, so that it belongs into a thread."""
         return False
 
+    @abstractmethod
+    def wanted(self, domain: str) -> int:
+        """How many items the stage is to make."""
+
     @classmethod
     @abstractmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
@@ -180,7 +184,7 @@ class MetaTopics(Stage):
     def plan(self, domain: str, number: int) -> Iterator[Call]:
         """One question for all that are missing; the next round asks for others."""
         settings, book = self.settings(domain), self.tools.book
-        wanted = settings.num_meta_topics - book.count(self.name, domain)
+        wanted = self.wanted(domain) - book.count(self.name, domain)
         if isinstance(settings.meta_topics, int) and wanted > 0:
             known = [item.content["name"] for item in book.items(self.name, domain)]
             count = min(wanted, PER_CALL[self.name])
@@ -195,7 +199,7 @@ class MetaTopics(Stage):
             "",
             *(_same(item.content["name"]) for item in book.items(self.name, domain)),
         }  # "..." is no name
-        wanted = settings.num_meta_topics - book.count(self.name, domain)
+        wanted = self.wanted(domain) - book.count(self.name, domain)
         made = Made()
         async for call, answer in answers:
             if answer is None:
@@ -207,6 +211,10 @@ class MetaTopics(Stage):
         needed = math.ceil(settings.num_meta_topics / PER_CALL[self.name])
         made.is_last = self.is_last(number, wanted - len(made.items), needed=needed)
         return made
+
+    def wanted(self, domain: str) -> int:
+        """See `Stage`."""
+        return self.settings(domain).num_meta_topics
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
@@ -226,12 +234,12 @@ class SubTopicStage(Stage):
 
     def _missing(self, domain: str) -> dict[int, tuple[int, list[str]]]:
         """Meta-topic -> how many sub-topics it lacks, and names of those it has."""
-        book, settings = self.tools.book, self.settings(domain)
+        book = self.tools.book
         have: dict[int, list[str]] = {place: [] for place in range(book.count("meta_topics", domain))}
         for item in book.items(self.name, domain):
             assert item.parent is not None
             have[item.parent].append(item.content["name"])
-        quotas = _shares(settings.sub_topics, len(have))
+        quotas = _shares(self.wanted(domain), len(have))
         return {place: (quota - len(have[place]), have[place]) for place, quota in enumerate(quotas)}
 
     def plan(self, domain: str, number: int) -> Iterator[Call]:
@@ -263,6 +271,10 @@ class SubTopicStage(Stage):
         lacking = sum(wanted for wanted, _ in missing.values())
         made.is_last = self.is_last(number, lacking, needed=math.ceil(most / PER_CALL[self.name]))
         return made
+
+    def wanted(self, domain: str) -> int:
+        """See `Stage`."""
+        return self.settings(domain).sub_topics
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
@@ -303,7 +315,7 @@ class InstructionStage(_InstructionStage):
     def _missing(self, domain: str) -> dict[int, int]:
         """Sub-topic -> how many instructions it lacks."""
         book = self.tools.book
-        quotas = _shares(base_count(self.settings(domain)), book.count("sub_topics", domain))
+        quotas = _shares(self.wanted(domain), book.count("sub_topics", domain))
         missing = dict(enumerate(quotas))
         for item in book.items(self.name, domain):
             assert item.parent is not None
@@ -340,6 +352,10 @@ class InstructionStage(_InstructionStage):
                     missing[parent] -= 1
         made.is_last = self.is_last(number, sum(missing.values()))
         return made
+
+    def wanted(self, domain: str) -> int:
+        """See `Stage`."""
+        return base_count(self.settings(domain))
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
@@ -403,6 +419,10 @@ class RelatedStage(_InstructionStage):
         made.is_last = self.is_last(number, sum(missing.values()))
         return made
 
+    def wanted(self, domain: str) -> int:
+        """See `Stage`."""
+        return sum(related_counts(self.settings(domain)))
+
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
         """See `Stage`."""
@@ -425,7 +445,7 @@ class ComplicatedStage(_InstructionStage):
                 yield f"{stage}/{domain}/{item.place}", item
 
     def _chosen(self, domain: str) -> set[int]:
-        total = sum(self.tools.book.count(stage, domain) for stage in ("instructions", "related"))
+        total = self.wanted(domain)
         share = self.settings(domain).complicated
         return self.tools.chosen(round(share * total), total, self.name, domain)
 
@@ -471,6 +491,10 @@ class ComplicatedStage(_InstructionStage):
             made.removed.append(Removed(finding.reason, finding.detail, said["instruction"]))
             return {}
         return {**said, "complicated": True}
+
+    def wanted(self, domain: str) -> int:
+        """See `Stage`."""
+        return sum(self.tools.book.count(stage, domain) for stage in ("instructions", "related"))
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:
@@ -587,6 +611,10 @@ class ResponseStage(Stage):
                 yield Item({**item.content, "messages": messages}, item.place)
             else:
                 removed.append(Removed("no response", reason, item.content["instruction"]))
+
+    def wanted(self, domain: str) -> int:
+        """See `Stage`."""
+        return self.tools.book.count("complicated", domain)
 
     @classmethod
     def expected_calls(cls, settings: DomainSettings) -> float:

@@ -69,6 +69,20 @@ def test_a_question_that_alone_is_refused_is_given_up_by_all(serve, tmp_path):
     assert [row[0] for row in rows(tmp_path / "two", "calls", "key") if row[4] is None] == given_up
 
 
+def test_few_are_asked_until_one_is_answered(serve, tmp_path, monkeypatch):
+    """If none can be read, not all of them are paid for again and again."""
+    batches, ask = [], Cluster.ask
+
+    def recorded(self, questions, model):
+        batches.append([key.split("/")[0] for key, _ in questions])
+        return ask(self, questions, model)
+
+    monkeypatch.setattr(Cluster, "ask", recorded)
+    monkeypatch.setattr("ultrafuser.synthesis.pipeline._FIRST", 3)
+    run(write_recipe(tmp_path, serve(), domains=SMALL), tmp_path / "run", 2)
+    assert [len(batch) for batch in batches if "responses" in batch][:2] == [3, 11]
+
+
 def test_a_server_that_refuses_everything_ends_the_run(serve, tmp_path):
     with pytest.raises(EndpointError, match="not even the simplest question is answered"):
         run(write_recipe(tmp_path, serve(refused="e"), domains=SMALL), tmp_path / "run", 2)
