@@ -18,6 +18,7 @@ from ultrafuser.errors import UltrafuserError
 FILE_NAME = "book.sqlite"
 MODEL_OF = "model of "
 """A stage: how settings begin that may change until the stage has an answer."""
+_READINGS_OF = "readings of "
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -169,6 +170,8 @@ class Book:
             for name in free:  # what another model said that could not be read says nothing
                 keys = _below(name.removeprefix(MODEL_OF))
                 self._connection.execute("DELETE FROM unread WHERE key > ? AND key < ?", keys)
+                keys = _below(f".{_READINGS_OF}{name.removeprefix(MODEL_OF)}")
+                self._connection.execute("DELETE FROM settings WHERE name > ? AND name < ?", keys)
 
     def _is_answered(self, name: str) -> bool:
         """Whether there is anything that depends on the model of a stage."""
@@ -304,11 +307,11 @@ class Book:
 
     def read_on(self, stage: str, domain: str) -> None:
         """Let calls of a stage in a domain whose answers could not be read be asked as often again."""
-        self.note(f"readings of {stage}/{domain}", str(self.times_to_read(stage, domain) + 1))
+        self.note(f"{_READINGS_OF}{stage}/{domain}", str(self.times_to_read(stage, domain) + 1))
 
     def times_to_read(self, stage: str, domain: str) -> int:
         """How many times as many readings as usual calls of a stage in a domain may take."""
-        noted = self.noted(f"readings of {stage}/{domain}")
+        noted = self.noted(f"{_READINGS_OF}{stage}/{domain}")
         return 1 if noted is None else int(noted)
 
     def next_round(self, stage: str, domain: str) -> int | None:

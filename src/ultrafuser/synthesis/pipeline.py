@@ -4,7 +4,7 @@ import asyncio
 import gc
 import hashlib
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -47,7 +47,7 @@ STAGES: tuple[type[Stage], ...] = (
 )
 _SIMPLE = [{"role": "user", "content": "Answer with one word, any."}]
 _FIRST = 200
-"""Questions of a stage that are handed to Ray at once as long as none of it is answered."""
+"""Questions of a stage and domain that are handed to Ray at once as long as none of them is answered."""
 _PLANNED = 10
 """Calls that are planned and looked for in the book at once: more would keep answers that have come waiting."""
 
@@ -276,12 +276,7 @@ class Pipeline:
     ) -> None:
         """Many at a time; what could not be read, or was refused, comes again with the next ones."""
         model = self._recipe.model_for(stage.name)
-        book = self.tools.book
-        while True:
-            # Only so many while it may be that no answer can be read: each is paid as often as readings allows.
-            is_answered = any(book.num_answered(stage.name, domain) for domain in self._recipe.domains)
-            if not (batch := list(itertools.islice(waiting, MOST if is_answered else _FIRST))):
-                break
+        while batch := self._batch(stage, waiting):
             again: list[tuple[_Line, Call]] = []
 
             async def check(line: _Line, call: Call, again: list[tuple[_Line, Call]] = again) -> None:
@@ -332,6 +327,20 @@ class Pipeline:
             )
             waiting = itertools.chain(again, waiting)
 
+    def _batch(self, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]") -> "list[tuple[_Line, Call]]":
+        """What Ray is given at once: not many of a domain of which it may be that no answer can be read."""
+        batch: list[tuple[_Line, Call]] = []
+        counts: Counter[str] = Counter()
+        answered: set[str] = set()
+        for line, call in waiting:
+            batch.append((line, call))
+            counts[line.domain] += 1
+            if counts[line.domain] == _FIRST and self.tools.book.num_answered(stage.name, line.domain):
+                answered.add(line.domain)
+            if len(batch) >= MOST or (counts[line.domain] >= _FIRST and line.domain not in answered):
+                break
+        return batch
+
     async def _answer(
         self, endpoint: Endpoint, stage: Stage, line: "_Line", call: Call, finish: "_Finish"
     ) -> None:
@@ -360,11 +369,10 @@ class Pipeline:
     def _question(self, stage: Stage, line: "_Line", call: Call) -> Question | None:
         """What to ask next; None where it was asked often enough, and the call is given up at the end of the round."""
         problems = self.tools.book.problems(call.key)
-        if (
-            len(problems) >= self._recipe.readings  # as a rule not, so that no more is looked for
-            and len(problems)
-            >= self._recipe.readings * self.tools.book.times_to_read(stage.name, line.domain)
-        ):
+        most = self._recipe.readings
+        if len(problems) >= most and self._recipe.unanswered < 1:
+            most *= self.tools.book.times_to_read(stage.name, line.domain)
+        if len(problems) >= most:
             self._refusals.unreadable(Unanswered(line.domain, call, problems[-1]))
             return None
         schema = None if call.kind is None else schema_of(call.kind)

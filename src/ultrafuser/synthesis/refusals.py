@@ -11,7 +11,7 @@ nothing else, or mostly.
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ultrafuser.synthesis.book import Book
@@ -22,8 +22,10 @@ _IN_A_ROW = 10
 """Unanswered questions with no answer between them, after which it is time to ask whether anybody is there."""
 _MOST_BEYOND = 100
 """Unanswered questions beyond twice those allowed, after which the rest of a round need not be waited for."""
-_UNREADABLE = 30
-"""Questions without a readable answer that say something about the others of a round."""
+_MANY = 30
+"""Questions without a readable answer, and none with one, after which the rest of a round need not be waited for."""
+_FEW = 10
+"""Questions without a readable answer that are too many if there are fewer others in a round."""
 
 
 class Unanswered(NamedTuple):
@@ -61,7 +63,7 @@ class Refusals:
         self._unreadable: list[Unanswered] = []
         self._num_refused: Counter[str] = Counter()  # by domain
         self._num_unreadable: Counter[str] = Counter()
-        self._in_a_row = 0
+        self._in_a_row, self._is_over = 0, False
         self._finding_out = asyncio.Lock()
 
     def answered(self) -> None:
@@ -81,7 +83,7 @@ class Refusals:
             self._in_a_row += 1
             enough = 2 * self._allowed(self._expected[one.domain]) + _MOST_BEYOND
             if self._most < 1 and self._num_refused[one.domain] > enough:
-                raise self._too_many(one.domain, "before the round was over")
+                raise self._end([(one.domain, "before the round was over")])
         async with self._finding_out:  # once is enough for all who wait
             if self._in_a_row >= _IN_A_ROW:
                 await self._find_out()
@@ -96,8 +98,8 @@ class Refusals:
         self._unreadable.append(question)
         domain = question.domain
         self._num_unreadable[domain] += 1
-        if self._num_unreadable[domain] == _UNREADABLE and not self._num_answered(domain):
-            self._end_if_unreadable(domain)
+        if self._most < 1 and self._num_unreadable[domain] == _MANY and not self._num_answered(domain):
+            raise self._end([(domain, "before the round was over")])
 
     def once_more(self) -> list[Unanswered]:
         """What was refused, and has to be asked again; it is refused no longer."""
@@ -114,44 +116,49 @@ class Refusals:
         """
         if self._refused:
             await self._find_out()
-        if self._most < 1:
-            for domain in self._num_refused:
-                self._end_if_refused(domain)
-            for domain in self._num_unreadable:
-                self._end_if_unreadable(domain)
+        problems = {domain: self._problem(domain) for domain in {**self._num_refused, **self._num_unreadable}}
+        if self._most < 1 and any(problems.values()):
+            raise self._end([(domain, how) for domain, how in problems.items() if how is not None])
         return [*self._refused, *self._unreadable]
 
-    def _end_if_refused(self, domain: str) -> None:
-        stage, number, num_refused = self._stage, self._number, self._num_refused[domain]
+    def _problem(self, domain: str) -> str | None:
+        """Why a domain's questions without an answer are too many to be given up."""
+        stage, number = self._stage, self._number
+        refused, unreadable = self._num_refused[domain], self._num_unreadable[domain]
         # Rounds of the same kind: responses and what a person says next take turns.
         kind: Iterable[int | None] = range(number % 2, number + 1, 2) if stage.rounds_differ else (None,)
         answered = [self._num_answered(domain, one) for one in kind]
         if not any(answered):
-            raise self._too_many(domain, "and none was answered")
-        total = answered[-1] + num_refused + self._num_unreadable[domain]
-        if num_refused > self._allowed(total):
-            raise self._too_many(domain, f"of {total}")
-        if not stage.rounds_differ and not self._num_answered(domain, number):
-            # It would be as in this round in all that follow, which ask for what is missing.
-            wanted = stage.wanted(domain)
+            return "and no answer can be used"
+        if refused > self._allowed(answered[-1] + refused + unreadable):
+            return f"of {answered[-1] + refused + unreadable}"
+        lost, in_round = refused + unreadable, self._num_answered(domain, number)
+        if unreadable >= _FEW and unreadable > refused + in_round:
+            return f"of {lost + in_round}"
+        if number and not stage.rounds_differ and lost > in_round:
+            # It would be so in all rounds that follow, which ask for what is missing.
+            wanted, expected = stage.wanted(domain), self._expected[domain]
             missing = wanted - self._book.count(stage.name, domain)
-            if missing > self._allowed(wanted):
-                raise self._too_many(
-                    domain, f"all of round {number + 1}, and {missing} of {wanted} are missing"
-                )
+            if missing > self._allowed(expected) * math.ceil(wanted / max(expected, 1)):
+                return f"of {lost + in_round} in round {number + 1}, and {missing} of {wanted} are missing"
+        return None
 
-    def _end_if_unreadable(self, domain: str) -> None:
-        num_unreadable, answered = self._num_unreadable[domain], self._num_answered(domain)
-        total = num_unreadable + self._num_answered(domain, self._number)
-        is_most = num_unreadable >= _UNREADABLE and 2 * num_unreadable > total
-        if self._most == 1 or (answered and not is_most):
-            return
-        self._book.read_on(self._stage.name, domain)
-        reason = next(one.reason for one in reversed(self._unreadable) if one.domain == domain)
-        raise EndpointError(
-            f"{num_unreadable} questions of the stage {self._stage.name} in {domain}, of {total}, got no answer that "
-            f"can be read, though asked as often as readings allows, at last: {reason}. {self._advice} Set unanswered "
-            "to 1 to go on without them."
+    def _end(self, problems: Sequence[tuple[str, str]]) -> EndpointError:
+        """The error that ends a run; what could not be read may be read as often again by the next one."""
+        if not self._is_over:
+            for domain in self._num_unreadable:
+                self._book.read_on(self._stage.name, domain)
+        self._is_over, told = True, []
+        for domain, how in problems:
+            lost = [one for one in (*self._unreadable, *self._refused) if one.domain == domain]
+            told.append(f"{len(lost)} of {domain}, {how} (at last: {lost[-1].reason})")
+        stage = self._stage.name
+        return EndpointError(
+            f"questions of the stage {stage} were refused, have failed, or got no answer that can be used: "
+            f"{'; '.join(told)}. The recipe allows fewer (unanswered: {self._most:g}). Mend the server, or what the "
+            f"recipe says of it (or of the model of {stage}, as long as nothing of that stage is answered), and run "
+            "the same command again: they are asked again, nothing is lost. If it is the questions' own fault, set "
+            "unanswered higher; with 1 all may be without an answer."
         )
 
     def _num_answered(self, domain: str, number: int | None = None) -> int:
@@ -159,18 +166,3 @@ class Refusals:
 
     def _allowed(self, total: float) -> int:
         return math.ceil(round(self._most * total, 6))
-
-    def _too_many(self, domain: str, how: str) -> EndpointError:
-        reason = next(one.reason for one in reversed(self._refused) if one.domain == domain)
-        return EndpointError(
-            f"refused or failed: {self._num_refused[domain]} questions of the stage {self._stage.name} in {domain}, "
-            f"{how}, at last: {reason}. The recipe allows fewer (unanswered: {self._most:g}). {self._advice} Where "
-            "they are refused for what they say, set unanswered higher; with 1 all may be."
-        )
-
-    @property
-    def _advice(self) -> str:
-        return (
-            f"Mend the server, or what the recipe says of it (or of the model of {self._stage.name}, as long as "
-            "nothing of that stage is answered), and run the same command again: they are asked again, nothing is lost."
-        )
