@@ -194,8 +194,8 @@ class SynthesisRecipe(RecipeSection):
         ge=0,
         le=1,
         description="share of the questions of a stage and domain (of a round of responses), rounded up, that may stay "
-        "without an answer, refused or failed twice; where more do, the run ends, and the next one asks them again; "
-        "with 1 no such question ends it, nor one whose answers cannot be read",
+        "without an answer, refused or failed twice; where more do, or all, the run ends, and the next one asks them "
+        "again; with 1 no such question ends it, nor one whose answers cannot be read",
     )
 
     @model_validator(mode="after")

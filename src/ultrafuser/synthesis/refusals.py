@@ -4,8 +4,8 @@ From here that cannot be told, so the recipe says how many questions may stay un
 often as it may, is asked once more at the end of its round. What is not answered then either is given up if that is no
 more than the recipe allows; otherwise the run ends and none of it is given up, so that the next run asks it again.
 
-Answers that cannot be read are another thing: checks are there to find some. They end a run only where a stage has
-nothing else, or mostly.
+Answers that cannot be read are another thing: checks are there to find some. They end a run where nothing of their kind
+can be read, or less than half of a round, or where later rounds bring nothing else and much is missing.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _MOST_BEYOND = 100
 _MANY = 30
 """Questions without a readable answer, and none with one, after which the rest of a round need not be waited for."""
 _FEW = 10
-"""Questions without a readable answer that are too many if there are fewer others in a round."""
+"""Questions without a readable answer that are too many where fewer have one: in a first round, or one of responses."""
 
 
 class Unanswered(NamedTuple):
@@ -74,7 +74,7 @@ class Refusals:
         """Questions were not answered.
 
         Raises:
-            EndpointError: so many are not that the round cannot end well, or the endpoint answers nobody.
+            EndpointError: so many are not that the rest need not be asked, or the endpoint answers nobody.
             BudgetError: there is nothing left to find that out with.
         """
         for one in questions:
@@ -133,13 +133,16 @@ class Refusals:
         if refused > self._allowed(answered[-1] + refused + unreadable):
             return f"of {answered[-1] + refused + unreadable}"
         lost, in_round = refused + unreadable, self._num_answered(domain, number)
-        if unreadable >= _FEW and unreadable > refused + in_round:
+        if stage.rounds_differ and not in_round and unreadable > self._allowed(lost):
+            return f"of {lost}"
+        if (stage.rounds_differ or not number) and unreadable >= _FEW and unreadable > refused + in_round:
             return f"of {lost + in_round}"
         if number and not stage.rounds_differ and lost > in_round:
-            # It would be so in all rounds that follow, which ask for what is missing.
-            wanted, expected = stage.wanted(domain), self._expected[domain]
-            missing = wanted - self._book.count(stage.name, domain)
-            if missing > self._allowed(expected) * math.ceil(wanted / max(expected, 1)):
+            # Rounds ask for what is missing, so again for what is lost: what will be missing has to be little.
+            wanted, expected = stage.wanted(domain), max(self._expected[domain], 1)
+            each = math.ceil(wanted / expected)
+            missing = wanted - self._book.count(stage.name, domain) - in_round * each
+            if missing > max(self._allowed(expected), 1) * each:
                 return f"of {lost + in_round} in round {number + 1}, and {missing} of {wanted} are missing"
         return None
 
@@ -150,15 +153,18 @@ class Refusals:
                 self._book.read_on(self._stage.name, domain)
         self._is_over, told = True, []
         for domain, how in problems:
-            lost = [one for one in (*self._unreadable, *self._refused) if one.domain == domain]
-            told.append(f"{len(lost)} of {domain}, {how} (at last: {lost[-1].reason})")
+            refused, unreadable = (
+                [one for one in some if one.domain == domain] for some in (self._refused, self._unreadable)
+            )
+            reason = max(refused, unreadable, key=len)[-1].reason
+            told.append(f"{len(refused) + len(unreadable)} of {domain}, {how} (at last: {reason})")
         stage = self._stage.name
         return EndpointError(
             f"questions of the stage {stage} were refused, have failed, or got no answer that can be used: "
-            f"{'; '.join(told)}. The recipe allows fewer (unanswered: {self._most:g}). Mend the server, or what the "
-            f"recipe says of it (or of the model of {stage}, as long as nothing of that stage is answered), and run "
-            "the same command again: they are asked again, nothing is lost. If it is the questions' own fault, set "
-            "unanswered higher; with 1 all may be without an answer."
+            f"{'; '.join(told)}. That is too many (unanswered: {self._most:g}). Mend the server, or what the recipe "
+            f"says of it (or of the model of {stage}, as long as nothing of that stage is answered), and run the same "
+            "command again: they are asked again, nothing is lost. If it is the questions' own fault, set unanswered "
+            "higher where they are refused; with 1 all may be without an answer that can be used."
         )
 
     def _num_answered(self, domain: str, number: int | None = None) -> int:
