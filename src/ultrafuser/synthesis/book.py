@@ -19,6 +19,7 @@ FILE_NAME = "book.sqlite"
 MODEL_OF = "model of "
 """A stage: how settings begin that may change until the stage has an answer."""
 _READINGS_OF = "readings of "
+"""A stage and domain: how the note begins that has `times_to_read`."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;

@@ -286,7 +286,7 @@ class Pipeline:
                     again.append((line, call))
 
             asked: dict[str, tuple[_Line, Call]] = {}
-            unanswered: list[tuple[str, UnansweredError]] = []
+            unanswered: list[Unanswered] = []
             failure: EndpointError | None = None
             questions: list[tuple[str, Question]] = []
             with ExitStack() as promises:
@@ -310,21 +310,17 @@ class Pipeline:
                     while (found := await asyncio.to_thread(next, answers, None)) is not None:
                         line, call = asked[found[0]]
                         if isinstance(found[1], UnansweredError):
-                            unanswered.append((found[0], found[1]))
+                            unanswered.append(Unanswered(line.domain, call, str(found[1])))
+                            self._spend(stage, call, lost=found[1].lost)
                         elif isinstance(found[1], EndpointError):
                             failure = found[1]
                             self._spend(stage, call, lost=failure.lost)
                         else:
                             self._receive(stage, call, found[1])
                             checks.create_task(check(line, call))
-            for key, error in unanswered:
-                self._spend(stage, asked[key][1], lost=error.lost)
             if failure is not None:
                 raise failure
-            await self._refusals.refused(
-                Unanswered(line.domain, call, str(error))
-                for (line, call), error in ((asked[key], error) for key, error in unanswered)
-            )
+            await self._refusals.refused(unanswered)
             waiting = itertools.chain(again, waiting)
 
     def _batch(self, stage: Stage, waiting: "Iterator[tuple[_Line, Call]]") -> "list[tuple[_Line, Call]]":

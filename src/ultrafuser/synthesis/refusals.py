@@ -22,9 +22,9 @@ _IN_A_ROW = 10
 """Unanswered questions with no answer between them, after which it is time to ask whether anybody is there."""
 _MOST_BEYOND = 100
 """Unanswered questions beyond twice those allowed, after which the rest of a round need not be waited for."""
-_MANY = 30
+_UNREADABLE_ALONE = 30
 """Questions without a readable answer, and none with one, after which the rest of a round need not be waited for."""
-_FEW = 10
+_UNREADABLE_MOSTLY = 10
 """Questions without a readable answer that are too many where fewer have one: in a first round, or one of responses."""
 
 
@@ -98,7 +98,11 @@ class Refusals:
         self._unreadable.append(question)
         domain = question.domain
         self._num_unreadable[domain] += 1
-        if self._most < 1 and self._num_unreadable[domain] == _MANY and not self._num_answered(domain):
+        if (
+            self._most < 1
+            and self._num_unreadable[domain] == _UNREADABLE_ALONE
+            and not self._num_answered(domain)
+        ):
             raise self._end([(domain, "before the round was over")])
 
     def once_more(self) -> list[Unanswered]:
@@ -116,9 +120,11 @@ class Refusals:
         """
         if self._refused:
             await self._find_out()
-        problems = {domain: self._problem(domain) for domain in {**self._num_refused, **self._num_unreadable}}
-        if self._most < 1 and any(problems.values()):
-            raise self._end([(domain, how) for domain, how in problems.items() if how is not None])
+        if self._most < 1:
+            domains = {**self._num_refused, **self._num_unreadable}
+            problems = [(domain, how) for domain in domains if (how := self._problem(domain)) is not None]
+            if problems:
+                raise self._end(problems)
         return [*self._refused, *self._unreadable]
 
     def _problem(self, domain: str) -> str | None:
@@ -135,7 +141,11 @@ class Refusals:
         lost, in_round = refused + unreadable, self._num_answered(domain, number)
         if stage.rounds_differ and not in_round and unreadable > self._allowed(lost):
             return f"of {lost}"
-        if (stage.rounds_differ or not number) and unreadable >= _FEW and unreadable > refused + in_round:
+        if (
+            (stage.rounds_differ or not number)
+            and unreadable >= _UNREADABLE_MOSTLY
+            and unreadable > refused + in_round
+        ):
             return f"of {lost + in_round}"
         if number and not stage.rounds_differ and lost > in_round:
             # Rounds ask for what is missing, so again for what is lost: what will be missing has to be little.
